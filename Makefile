@@ -1,0 +1,25 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test lint
+
+# Everything is installed once; constraints.txt pins what it was tested with.
+setup: .venv/installed
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# Pre-train on built-in images for about three minutes on two cores, then ask what the encoder knows.
+demo: setup
+	$(BIN)/mirl pretrain --config recipes/pretrain/demo.yaml --out runs/demo --overwrite
+	$(BIN)/python examples/read_out.py runs/demo
+
+test: setup
+	$(BIN)/pytest
+
+lint: setup
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy

@@ -1,0 +1,138 @@
+"""What a model costs: parameters and multiply-adds, counted by PyTorch on tensors without storage.
+
+The paper's Table 3 counts multiply-adds of an encoder with a 1000-class head and leaves out the two products inside
+attention; both counts are given here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mirl.models.autoencoder import Autoencoder, build_autoencoder
+from mirl.models.encoder import embed_visible, parse_model, run_segments
+from mirl.models.masking import split
+from mirl.models.patches import Size
+from mirl.tasks.pretrain import decoder_shape, method_of
+from mirl.tasks.settings import Resolved, default_patch, pair
+
+LINEAR = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution, torch.ops.aten.convolution_backward}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-adds: `linear` of layers with weights, `attention` of the products inside attention."""
+
+    linear: float
+    attention: float
+
+    @property
+    def total(self) -> float:
+        return self.linear + self.attention
+
+    def __sub__(self, other: "Cost") -> "Cost":
+        return Cost(self.linear - other.linear, self.attention - other.attention)
+
+
+def count(run: Callable[[], object]) -> Cost:
+    """Count the multiply-adds of what `run` computes."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    operations = counter.get_flop_counts()["Global"]
+    linear = sum(flops for operation, flops in operations.items() if operation in LINEAR)
+    return Cost(linear / 2, (sum(operations.values()) - linear) / 2)
+
+
+def encoder_cost(model: nn.Module, image_size: Size, channels: int) -> Cost:
+    """Count one forward pass of a timm model over one whole image."""
+    with torch.no_grad():
+        return count(lambda: model(torch.empty(1, channels, *image_size, device="meta")))
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One image through a pre-training step."""
+
+    encoder: Cost
+    decoders: Cost
+    forward_and_backward: Cost
+
+
+def step_cost(model: Autoencoder, mask_ratio: float) -> StepCost:
+    """Count a pre-training step of an autoencoder on the meta device for one image."""
+    patches = len(model.positions)
+    image = torch.empty(1, patches, model.patch_values, device="meta")
+    visible, masked = split(torch.empty(1, patches, device="meta"), mask_ratio)
+    with torch.no_grad():
+        encoder = count(
+            lambda: run_segments(model.encoder, embed_visible(model.encoder, image, visible), model.method.taps)
+        )
+        forward = count(lambda: model(image, visible, masked))
+    both = count(lambda: torch.stack([p.sum() for p in model(image, visible, masked)]).sum().backward())
+    return StepCost(encoder, forward - encoder, both)
+
+
+def millions(module: nn.Module) -> float:
+    """Return the number of a module's parameters in millions."""
+    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
+
+
+def info(
+    model: str,
+    method: Literal["mirl", "mae"] = "mirl",
+    segments: int | None = None,
+    image_size: int | tuple[int, int] = 224,
+    patch_size: int | tuple[int, int] | None = None,
+    channels: int = 3,
+    mask_ratio: float = 0.75,
+    classes: int = 1000,
+) -> None:
+    """Print a model's parameters and cost, as an encoder and in pre-training.
+
+    Args:
+        model: vit_{ti,s,b,l}_DEPTH, e.g. vit_s_54
+        method: mirl or mae
+        segments: segments of the encoder for mirl; by default the paper's number
+        image_size: pixels, one number or [height,width]
+        patch_size: pixels, one number or [height,width]; by default 4, 8 or 16 by image size
+        channels: of the images
+        mask_ratio: share of patches masked in pre-training
+        classes: of the classification head that is counted with the encoder
+    """
+    settings = Resolved(
+        model=model, method=method, segments=segments, image_size=pair(image_size),
+        patch_size=pair(patch_size or default_patch(image_size)), channels=channels, mask_ratio=mask_ratio,
+    )  # fmt: skip
+    shape, chosen = decoder_shape(settings, method_of(settings)), method_of(settings)
+    with torch.device("meta"):
+        autoencoder = build_autoencoder(
+            model, chosen, shape, image_size=settings.image_size, patch_size=settings.patch_size, channels=channels
+        )
+        step, parameters = step_cost(autoencoder, mask_ratio), millions(autoencoder)
+        encoder = autoencoder.encoder
+        headless = millions(encoder)
+        encoder.reset_classifier(classes)
+        whole = encoder_cost(encoder, settings.image_size, channels)
+    width, heads, depth = parse_model(model)
+    (height, across), patch = settings.image_size, settings.patch_size
+    print(
+        f"{model}: {depth} blocks, width {width}, {heads} heads, {height}x{across} px, patches of {patch[0]}x{patch[1]}"
+    )
+    print(f"  encoder      {headless:7.1f} M parameters; {millions(encoder):.1f} M with a {classes}-class head")
+    print(
+        f"  forward      {whole.linear / 1e9:7.1f} G multiply-adds an image; "
+        f"{whole.total / 1e9:.1f} G with attention products"
+    )
+    print(
+        f"pre-training: {method}, {len(chosen.taps)} decoders of {shape.depth} blocks, width {shape.width}, "
+        f"{mask_ratio:.0%} masked"
+    )
+    print(f"  parameters   {parameters:7.1f} M")
+    print(
+        f"  forward      {step.encoder.total / 1e9:7.1f} G an image in the encoder, "
+        f"{step.decoders.total / 1e9:.1f} G in the decoders"
+    )
+    print(f"  step         {step.forward_and_backward.total / 1e9:7.1f} G an image, forward and backward")

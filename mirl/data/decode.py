@@ -1,0 +1,205 @@
+"""Files and Pillow images to uint8 tensors, safely: what comes out is a valid tensor or a `BadImage`.
+
+Images come from strangers, so sizes are checked before pixels are decoded, nothing is unpickled, no other program is
+started, and no Pillow safety setting is loosened. Symbols: c channels, h and w image height and width.
+"""
+
+import os
+import re
+import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+# EPS starts Ghostscript; IPTC opens whatever it contains, EPS too; Pillow can name the others but not decode them.
+EXCLUDED_FORMATS = {"EPS", "IPTC", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
+
+# EXIF orientation (1 is upright) -> how to turn the stored pixels.
+ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BadImage(Exception):
+    """A file that cannot be used as an image; `reason` follows its name, as in "is empty (0 bytes)"."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+@cache
+def openable_formats() -> tuple[str, ...]:
+    """Return the names of the formats that `read_image` accepts, the common ones first."""
+    Image.init()
+    accepted = (name for name in Image.OPEN if name not in EXCLUDED_FORMATS)
+    return tuple(sorted(accepted, key=lambda name: (name not in ("JPEG", "PNG"), name)))
+
+
+@cache
+def image_suffixes(channels: int = 3) -> frozenset[str]:
+    """Return the lower-case file suffixes, such as ".jpg", that can hold images of that many channels."""
+    suffixes = {".npy"}
+    if channels in MODES:
+        suffixes |= {s for s, name in Image.registered_extensions().items() if name in openable_formats()}
+    return frozenset(suffixes)
+
+
+@contextmanager
+def only_bad_image() -> Iterator[None]:
+    """Turn every error of a decoder into `BadImage`, and keep its warnings from the user."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    except BadImage:
+        raise
+    except Exception as error:  # broken files make Pillow raise nearly every built-in exception
+        raise BadImage(_reason(error)) from error
+
+
+def read_image(path: str | os.PathLike[str], channels: int = 3) -> torch.Tensor:
+    """Read the first frame of an image file, turned upright by its EXIF orientation.
+
+    | file                             | 1 channel      | 3 channels            | 4 channels                |
+    | ---------------------------------- | -------------- | --------------------- | ------------------------- |
+    | grey, bilevel                      | as is          | replicated            | replicated, opaque        |
+    | RGB, palette, CMYK, YCbCr, LAB ... | luminance      | RGB                   | RGB, opaque               |
+    | with alpha, a transparent colour   | over white     | composited over white | RGBA                      |
+    | 16-bit, 32-bit or float grey       | stretched grey | stretched, replicated | stretched, opaque         |
+    | `.npy` [h, w, c] or [c, h, w]      | also [h, w]    | as is                 | as is                     |
+
+    Stretched: linearly from the image's own minimum and maximum to 0 and 255; a constant image becomes 0. (Targets are
+    normalised in each patch, so absolute intensity does not matter.) `.npy` arrays may have any number of channels;
+    those that are not uint8 are stretched, each channel by itself.
+
+    Args:
+        path: the file; `.npy` is told by its suffix, other formats by their content.
+        channels: 1, 3 or 4; any number for `.npy`.
+
+    Returns:
+        uint8 [channels, h, w], usually channels-last in memory.
+
+    Raises:
+        BadImage: if the file is missing, unreadable, not an image, damaged, larger than Pillow's limit of 89 megapixels
+            (`Image.MAX_IMAGE_PIXELS`), or has another number of channels.
+    """
+    with only_bad_image():
+        info = os.stat(path)
+        if not stat.S_ISREG(info.st_mode):  # opening a named pipe would wait for ever
+            raise BadImage("is not a regular file")
+        if info.st_size == 0:
+            raise BadImage("is empty (0 bytes)")
+        if os.fspath(path).lower().endswith(".npy"):
+            return _read_array(path, channels)
+        if channels not in MODES:
+            raise BadImage(f"cannot have {channels} channels; only .npy files can")
+        with Image.open(path, formats=openable_formats()) as image:
+            image.load()
+            return image_to_tensor(_upright(image), channels)
+
+
+def image_to_tensor(image: Image.Image, channels: int = 3) -> torch.Tensor:
+    """Convert a Pillow image to uint8 [channels, h, w] by the table of `read_image`; `channels` is 1, 3 or 4."""
+    if image.mode[0] in "IF":  # I, I;16, I;16B, ..., F
+        image = Image.fromarray(stretch(np.asarray(image)))
+    if image.has_transparency_data:
+        if image.mode in ("La", "RGBa"):  # premultiplied alpha; Pillow only converts these to their plain twin
+            image = image.convert(image.mode.upper())
+        image = image.convert("RGBA")
+        if channels != 4:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    elif image.mode not in ("L", "RGB"):
+        image = image.convert("RGB")
+    if image.mode != MODES[channels]:
+        image = image.convert(MODES[channels])
+    pixels = np.array(image).reshape(image.height, image.width, channels)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def stretch(values: np.ndarray) -> np.ndarray:
+    """Map numbers of any real type linearly to uint8: their minimum to 0, their maximum to 255, a constant to 0.
+
+    Raises:
+        BadImage: if a value, or the distance between two, is not finite.
+    """
+    # float32 holds 16-bit integers exactly; result_type picks float64 for wider ones.
+    values = values.astype(np.result_type(values.dtype, np.float32))
+    low = values.min()
+    span = values.max() - low
+    if not np.isfinite(span):
+        raise BadImage("has values that are not finite (NaN, infinite or far too large)")
+    if span == 0:
+        return np.zeros(values.shape, np.uint8)
+    values -= low
+    values /= span
+    values *= 255
+    return np.rint(values, out=values).astype(np.uint8)
+
+
+def _read_array(path: str | os.PathLike[str], channels: int) -> torch.Tensor:
+    # Mapped, not read: a header that promises more than the file holds, or too much, costs nothing.
+    array: np.ndarray = np.lib.format.open_memmap(path, mode="r")
+    shape = list(array.shape)
+    if array.ndim == 2 and channels == 1:
+        array = array[..., None]
+    elif array.ndim == 3 and shape[2] != channels and shape[0] == channels:
+        array = np.moveaxis(array, 0, 2)
+    if array.ndim != 3 or array.shape[2] != channels:
+        raise BadImage(f"is an array of shape {shape}, not [h, w, {channels}] or [{channels}, h, w]")
+    if array.dtype.kind not in "buif":
+        raise BadImage(f"is an array of {array.dtype}, not of real numbers")
+    height, width, _ = array.shape
+    if height * width == 0:
+        raise BadImage("has no pixels")
+    if Image.MAX_IMAGE_PIXELS is not None and height * width > Image.MAX_IMAGE_PIXELS:
+        raise BadImage(_too_large(height * width))
+    if array.dtype == np.uint8:
+        return torch.from_numpy(np.array(array)).permute(2, 0, 1)
+    return torch.from_numpy(np.stack([stretch(array[..., channel]) for channel in range(channels)]))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # Not ImageOps.exif_transpose: it also rewrites the metadata, copies every image, and fails on damaged EXIF.
+    try:
+        turn = ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # the pixels are good even where the metadata is not
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def _too_large(pixels: int) -> str:
+    limit = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+    return f"is {pixels / 1e6:.0f} megapixels, over the limit of {limit:.0f} megapixels (decompression bomb?)"
+
+
+def _reason(error: Exception) -> str:
+    detail = " ".join(str(error).split())[:120] or type(error).__name__
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        pixels = re.search(r"\d+", detail)
+        return _too_large(int(pixels[0])) if pixels else detail
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "is not an image"
+    if isinstance(error, FileNotFoundError):
+        return "is missing"
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read: {error.strerror}"
+    if isinstance(error, MemoryError):
+        return "needs too much memory"
+    if isinstance(error, EOFError) or "truncated" in detail.lower() or "mmap length" in detail:
+        return f"is truncated: {detail}"
+    return f"is damaged: {detail}"

@@ -1,0 +1,192 @@
+"""Batches of masked images that depend on (seed, epoch, sample index) alone.
+
+Order is a function of (seed, epoch); crop, flip and mask are functions of (seed, epoch, index), drawn in the data
+worker. So neither the number of workers nor of processes nor an interruption changes what a run sees.
+"""
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mirl.data.decode import BadImage
+from mirl.data.sources import Source
+from mirl.errors import UserError
+from mirl.models.masking import split
+from mirl.models.patches import Size
+
+Key = tuple[int, int]  # (epoch, sample index)
+MAX_CONSECUTIVE_BAD = 100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Masked images: `images` uint8 [b, c, h, w], patch indices `visible` [b, v] and `masked` [b, m], `indices` [b].
+
+    `bad` lists (name, reason) of files that could not be read and were replaced by the next readable ones.
+    """
+
+    images: Tensor
+    visible: Tensor
+    masked: Tensor
+    indices: Tensor
+    bad: tuple[tuple[str, str], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        tensors = {f.name: change(getattr(self, f.name)) for f in fields(self) if f.name != "bad"}
+        return Batch(**tensors, bad=self.bad)
+
+    def to(self, device: torch.device) -> "Batch":
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        return self._map(Tensor.pin_memory)
+
+    def pieces(self, size: int) -> list["Batch"]:
+        """Cut into batches of at most `size` images."""
+        return [self._map(lambda tensor: tensor[slice(i, i + size)]) for i in range(0, len(self), size)]  # noqa: B023
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Make torch's random numbers a function of `key` inside the block, and leave their state as it was."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+class MaskedImages(Dataset[Batch]):
+    """Views of a source's `members`, each with a random mask.
+
+    Args:
+        members: indices into `source`; sample i of this data set is `source.read(members[i])`.
+        view: maps uint8 [c, h, w] to the model's image size; may draw random numbers.
+        patches: number of patches n; mask_ratio: share of them that is masked.
+        patch_size: images smaller than one patch are bad images.
+        key: numbers that, with (epoch, index), determine everything random.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        members: np.ndarray,
+        view: Callable[[Tensor], Tensor],
+        *,
+        patches: int,
+        patch_size: Size,
+        mask_ratio: float,
+        key: tuple[int, ...],
+    ) -> None:
+        self.source, self.members, self.view, self.key = source, members, view, key
+        self.patches, self.patch_size, self.mask_ratio = patches, patch_size, mask_ratio
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def name_of(self, index: int) -> str:
+        return self.source.name_of(int(self.members[index]))
+
+    def __getitem__(self, key: Key) -> Batch:
+        epoch, index = key
+        image, bad = self._read(index)
+        with seeded(*self.key, epoch, index):
+            image = self.view(image)
+            visible, masked = split(torch.rand(self.patches), self.mask_ratio)
+        return Batch(image[None], visible[None], masked[None], torch.tensor([index]), bad)
+
+    def _read(self, index: int) -> tuple[Tensor, tuple[tuple[str, str], ...]]:
+        bad: list[tuple[str, str]] = []
+        for shift in range(min(MAX_CONSECUTIVE_BAD, len(self))):
+            member = int(self.members[(index + shift) % len(self)])
+            try:
+                image = self.source.read(member)
+                height, width = image.shape[-2:]
+                if height < self.patch_size[0] or width < self.patch_size[1]:
+                    raise BadImage(
+                        f"is {height}x{width} px, smaller than a patch ({self.patch_size[0]}x{self.patch_size[1]})"
+                    )
+                return image, tuple(bad)
+            except BadImage as error:
+                bad.append((self.source.name_of(member), error.reason))
+        name, reason = bad[-1]
+        raise UserError(f"{len(bad)} images in a row cannot be used, the last: {name} {reason}; check the data")
+
+
+def collate(samples: Sequence[Batch]) -> Batch:
+    """Join samples of one image each to a batch."""
+    tensors = {
+        f.name: torch.cat([getattr(sample, f.name) for sample in samples]) for f in fields(Batch) if f.name != "bad"
+    }
+    return Batch(**tensors, bad=tuple(bad for sample in samples for bad in sample.bad))
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the order in which an epoch visits `count` samples."""
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+class StepSampler(Sampler[list[Key]]):
+    """Keys of the micro-batches of steps `start` to `stop`, this process's share of each global batch.
+
+    Args:
+        count: samples in an epoch; batch_size: images in one step over all processes; the epoch's incomplete last
+            batch is left out. micro_batch: images in one list of keys.
+        rank, world_size: this process among all.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        micro_batch: int,
+        *,
+        seed: int,
+        start: int,
+        stop: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.count, self.batch_size, self.micro_batch, self.seed = count, batch_size, micro_batch, seed
+        self.start, self.stop, self.rank, self.world_size = start, stop, rank, world_size
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        steps_per_epoch, share = self.count // self.batch_size, self.batch_size // self.world_size
+        epoch, order = -1, np.empty(0, dtype=np.int64)
+        for step in range(self.start, self.stop):
+            if step // steps_per_epoch != epoch:
+                epoch = step // steps_per_epoch
+                order = epoch_order(self.count, self.seed, epoch)
+            first = (step % steps_per_epoch) * self.batch_size + self.rank * share
+            keys = [(epoch, int(index)) for index in order[first : first + share]]
+            for i in range(0, share, self.micro_batch):
+                yield keys[i : i + self.micro_batch]
+
+
+def load(
+    dataset: MaskedImages, batches: Sampler[list[Key]] | list[list[Key]], *, workers: int, pin: bool
+) -> DataLoader[Batch]:
+    """Read `batches` of keys with `workers` processes (0: in this one)."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin,
+        worker_init_fn=_leave_interrupts_to_parent,
+        prefetch_factor=4 if workers else None,
+    )
+
+
+def _leave_interrupts_to_parent(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent saves and stops

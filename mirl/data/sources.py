@@ -1,0 +1,305 @@
+"""What `--data` accepts: a folder, a glob, a list file, built-in shapes, or a data set that torchvision downloads.
+
+`open_source` turns each into a `Source`: images by index, no labels. The order is the same on every machine.
+Symbols: c channels, h and w image height and width.
+"""
+
+import difflib
+import glob
+import os
+import tempfile
+from array import array
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from mirl.data.decode import MODES, image_suffixes, image_to_tensor, only_bad_image, read_image
+from mirl.errors import UserError
+
+LIST_SUFFIXES = (".txt", ".lst")
+COMMON_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".bmp", ".npy")
+
+# Name -> torchvision's class and the arguments of its training split (for STL-10, of the part made for this).
+TORCHVISION_SETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "caltech101": ("Caltech101", {}),
+    "cifar10": ("CIFAR10", {"train": True}),
+    "cifar100": ("CIFAR100", {"train": True}),
+    "dtd": ("DTD", {"split": "train"}),
+    "eurosat": ("EuroSAT", {}),
+    "fashionmnist": ("FashionMNIST", {"train": True}),
+    "flowers102": ("Flowers102", {"split": "train"}),
+    "food101": ("Food101", {"split": "train"}),
+    "mnist": ("MNIST", {"train": True}),
+    "pets": ("OxfordIIITPet", {"split": "trainval"}),
+    "stl10": ("STL10", {"split": "unlabeled"}),
+    "svhn": ("SVHN", {"split": "train"}),
+}
+
+ALLOWED = f"a folder, a glob, a list file ({', '.join(LIST_SUFFIXES)}), shapes, or one of {', '.join(TORCHVISION_SETS)}"
+
+
+class Source(Protocol):
+    """Images by index."""
+
+    def __len__(self) -> int: ...
+
+    def name_of(self, index: int) -> str:
+        """Return what logs call the image: for a file its path."""
+        ...
+
+    def read(self, index: int) -> torch.Tensor:
+        """Return uint8 [c, h, w], or raise `BadImage`."""
+        ...
+
+
+class PathList:
+    """Paths in one block of bytes: millions cost little more than their letters and travel to a worker at once."""
+
+    def __init__(self, paths: Iterable[str] = ()):
+        self._letters, self._ends = bytearray(), array("q")
+        for path in paths:
+            self.append(path)
+
+    def append(self, path: str) -> None:
+        self._letters += os.fsencode(path)
+        self._ends.append(len(self._letters))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is out of range; there are {len(self)} paths")
+        start = self._ends[index - 1] if index else 0
+        return os.fsdecode(bytes(self._letters[start : self._ends[index]]))
+
+
+class ImageFiles:
+    """The image files of a folder, a glob or a list; opened only when they are read.
+
+    Args:
+        root: the folder that relative paths start from.
+        paths: the files, in the order of their indices.
+        channels: channels of every image read.
+        ignored: number of files left out because their suffix is not an image's.
+        unreadable: folders that could not be listed.
+    """
+
+    def __init__(self, root: str, paths: PathList, channels: int, *, ignored: int = 0, unreadable: Iterable[str] = ()):
+        self.root, self.paths, self.channels = root, paths, channels
+        self.ignored, self.unreadable = ignored, list(unreadable)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def path_of(self, index: int) -> str:
+        """Return the file's path."""
+        return os.path.join(self.root, self.paths[index])
+
+    def name_of(self, index: int) -> str:
+        """Return the file's path in a form that can be printed even if the name is not valid UTF-8."""
+        return os.fsencode(self.path_of(index)).decode("utf-8", "backslashreplace")
+
+    def read(self, index: int) -> torch.Tensor:
+        """Return uint8 [c, h, w], or raise `BadImage`."""
+        return read_image(self.path_of(index), self.channels)
+
+
+class TorchvisionImages:
+    """The images of a torchvision data set, without their labels."""
+
+    def __init__(self, name: str, dataset: Any, channels: int):
+        self.name, self.dataset, self.channels = name, dataset, channels
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def name_of(self, index: int) -> str:
+        """Return a name such as `cifar10[17]`."""
+        return f"{self.name}[{index}]"
+
+    def read(self, index: int) -> torch.Tensor:
+        """Return uint8 [c, h, w], or raise `BadImage`."""
+        with only_bad_image():
+            return image_to_tensor(self.dataset[index][0], self.channels)
+
+
+def open_source(data: str | Path, *, channels: int = 3, download: bool = False) -> Source:
+    """Open what the user named as a source of images.
+
+    Names of built-in and torchvision sets win over folders of the same name; `./shapes` is the folder.
+
+    Args:
+        data: a folder (searched below, in the order of relative paths), a glob such as `photos/**/*.jpg`, a list file
+            (one path a line, relative to the list's folder; blank lines and lines that start with # are skipped),
+            `shapes` or `shapes:COUNT`, or a name in `TORCHVISION_SETS`.
+        channels: channels of every image; other than 1, 3 and 4 only `.npy` files are images.
+        download: fetch a torchvision set that is not in the cache folder.
+
+    Raises:
+        UserError: if there is nothing like that, there is no image in it, or a download fails.
+    """
+    if channels < 1:
+        raise UserError(f"channels {channels} is too small; give 1 or more (1 is grey, 3 RGB, 4 RGBA)")
+    text = os.fspath(data)
+    if isinstance(data, str):
+        name, colon, count = text.partition(":")
+        if name == "shapes":
+            return _open_shapes(count if colon else "10000", channels)
+        if text in TORCHVISION_SETS:
+            return _open_torchvision(text, channels, download)
+    path = os.path.expanduser(text)
+    if os.path.isdir(path):
+        return _open_folder(path, channels)
+    if os.path.isfile(path):
+        return _open_list(path, channels)
+    if glob.has_magic(path):
+        return _open_glob(path, channels)
+    raise UserError(_missing(text))
+
+
+def _open_shapes(count: str, channels: int) -> Source:
+    from mirl.data.shapes import Shapes
+
+    if channels != 3:
+        raise UserError(f"shapes are RGB images but channels is {channels}; give channels 3 or your own images")
+    if not count.isdecimal() or int(count) < 1:
+        raise UserError(f"'shapes:{count}' has no valid count; give a whole number from 1, such as shapes:10000")
+    return Shapes(int(count))
+
+
+def _open_folder(folder: str, channels: int) -> ImageFiles:
+    """Find all images below a folder, sorted by relative path, without a system call for each file."""
+    suffixes = image_suffixes(channels)
+    paths, ignored, unreadable = PathList(), 0, []
+    visited: set[tuple[int, int]] = set()
+    # Relative paths; a folder's ends in "/", which makes this walk's order that of the full paths ("a-b/x" < "a/x").
+    waiting = [""]
+    while waiting:
+        relative = waiting.pop()
+        if relative and not relative.endswith("/"):
+            paths.append(relative)
+            continue
+        try:
+            info = os.stat(os.path.join(folder, relative))
+            if (info.st_dev, info.st_ino) in visited:  # a symbolic link to a folder that was seen, or a loop
+                continue
+            visited.add((info.st_dev, info.st_ino))
+            with os.scandir(os.path.join(folder, relative)) as entries:
+                found = list(entries)
+        except OSError:
+            unreadable.append(os.path.join(folder, relative))
+            continue
+        wanted = []
+        for entry in found:
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                continue
+            if _is_folder(entry):
+                wanted.append(f"{relative}{entry.name}/")
+            elif _suffix(entry.name) in suffixes:
+                wanted.append(relative + entry.name)
+            else:
+                ignored += 1
+        waiting.extend(sorted(wanted, reverse=True))
+    if not paths:
+        closed = f" and {len(unreadable)} folders that cannot be read" if unreadable else ""
+        raise UserError(f"{folder!r} has no images, but {ignored} other files{closed}; {_allowed_suffixes(channels)}")
+    return ImageFiles(folder, paths, channels, ignored=ignored, unreadable=unreadable)
+
+
+def _open_glob(pattern: str, channels: int) -> ImageFiles:
+    suffixes = image_suffixes(channels)
+    matches = sorted(glob.iglob(pattern, recursive=True), key=lambda path: Path(path).as_posix())
+    paths = PathList(path for path in matches if _suffix(path) in suffixes and "__MACOSX" not in Path(path).parts)
+    if not paths:
+        raise UserError(f"{pattern!r} matches no images, but {len(matches)} others; {_allowed_suffixes(channels)}")
+    return ImageFiles("", paths, channels, ignored=len(matches) - len(paths))
+
+
+def _open_list(path: str, channels: int) -> ImageFiles:
+    folder = os.path.dirname(path)
+    if _suffix(path) in image_suffixes(channels):
+        raise UserError(f"{path!r} is a single image; give its folder, {folder or '.'!r}")
+    if _suffix(path) not in LIST_SUFFIXES:
+        raise UserError(f"{path!r} is neither a folder nor a list file; give {ALLOWED}")
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
+            stripped = (line.strip() for line in lines)
+            paths = PathList(line for line in stripped if line and not line.startswith("#"))
+    except OSError as error:
+        raise UserError(f"{path!r} cannot be read: {error.strerror}; give a list file that can") from error
+    if not paths:
+        raise UserError(f"{path!r} lists no images; write one path a line, relative to its folder or absolute")
+    return ImageFiles(folder, paths, channels)
+
+
+def _open_torchvision(name: str, channels: int, download: bool) -> TorchvisionImages:
+    if channels not in MODES:
+        raise UserError(f"{name} cannot have {channels} channels; give 1, 3 or 4")
+    import torchvision.datasets
+
+    class_name, arguments = TORCHVISION_SETS[name]
+    make = getattr(torchvision.datasets, class_name)
+    folder = _cache_folder() / name
+    missing = not folder.exists()
+    if missing and not download:
+        hint = f" (for the folder of that name give ./{name})" if os.path.exists(name) else ""
+        raise UserError(f"{name} is not in {folder}; add --download to fetch it{hint}")
+    try:
+        if missing:
+            # Into a fresh folder, then renamed: torchvision takes half of an unpacked archive for the whole.
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as fresh:
+                make(Path(fresh) / name, **arguments, download=True)
+                os.rename(Path(fresh) / name, folder)
+        return TorchvisionImages(name, make(folder, **arguments), channels)
+    except ImportError as error:
+        raise UserError(f"{name} needs the package {error.name}; run pip install {error.name}") from error
+    except Exception as error:  # torchvision lets through errors of the network, archives and pickles alike
+        failure = "could not be downloaded" if missing else f"in {folder} cannot be read"
+        remedy = "check the network and try again" if missing else "delete that folder and add --download"
+        raise UserError(f"{name} {failure} ({' '.join(str(error).split())}); {remedy}") from error
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "mirl" / "datasets"
+
+
+def _missing(text: str) -> str:
+    """Say which part of a path is not there, and what is there under a similar name."""
+    path = Path(os.path.expanduser(text))
+    while not path.parent.is_dir():
+        path = path.parent
+    try:
+        names = [entry.name for entry in os.scandir(path.parent)]
+    except OSError:
+        names = []
+    if path.name == text:
+        names += ["shapes", *TORCHVISION_SETS]
+    by_lower_case = {name.lower(): name for name in names}
+    close = difflib.get_close_matches(path.name.lower(), by_lower_case, n=3)
+    similar = ", ".join(repr(str(path.parent / by_lower_case[name])) for name in close)
+    advice = f"did you mean {similar}?" if similar else f"give {ALLOWED}"
+    within = "" if str(path) == os.path.expanduser(text) else f" ({str(path)!r} is missing)"
+    return f"{text!r} does not exist{within}; {advice}"
+
+
+def _allowed_suffixes(channels: int) -> str:
+    suffixes = image_suffixes(channels)
+    common = [suffix for suffix in COMMON_SUFFIXES if suffix in suffixes]
+    more = f" and {len(suffixes) - len(common)} more" if len(suffixes) > len(common) else ""
+    return f"with {channels} channels, images are files that end in {', '.join(common)}{more}"
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a symbolic link that cannot be followed
+        return False

@@ -1,0 +1,122 @@
+"""A small decoder: a few transformer blocks over visible tokens and mask tokens, with DID cross-attention.
+
+Symbols: b batch, v visible and m masked patches, w decoder width, p values of one patch. Tokens stand in the order
+class token, visible, masked: attention does not care about order, and slices then replace scatter and gather.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from timm.layers import Mlp
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
+
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """What every decoder of an autoencoder looks like.
+
+    Args:
+        width, depth, heads: of its transformer blocks.
+        did_blocks: blocks with cross-attention: `first` (the paper) or `all` (the official code).
+        did_memory: what cross-attention reads: `raw`, the segments' outputs z at encoder width (the paper's Eq. 8), or
+            `embedded`, the same after that segment's norm and decoder embedding (the official code).
+        weight_norm: give each input feature's column of the prediction layer unit length (the official code).
+    """
+
+    width: int
+    depth: int
+    heads: int
+    did_blocks: Literal["first", "all"] = "first"
+    did_memory: Literal["raw", "embedded"] = "raw"
+    weight_norm: bool = False
+
+
+class Attention(nn.Module):
+    """Multi-head attention of `queries` [b, q, w] over `memory` [b, k, c]; self-attention if both are the same."""
+
+    def __init__(self, width: int, heads: int, memory_width: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(memory_width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
+        q = self.q(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = self.kv(memory).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class DecoderBlock(nn.Module):
+    """Self-attention, then DID cross-attention if `memory_width` is given, then MLP, each pre-normed and residual."""
+
+    def __init__(self, width: int, heads: int, memory_width: int | None) -> None:
+        super().__init__()
+        self.norm_self = nn.LayerNorm(width, eps=NORM_EPS)
+        self.self_attention = Attention(width, heads, width)
+        self.did: Attention | None = None
+        if memory_width is not None:
+            self.norm_did = nn.LayerNorm(width, eps=NORM_EPS)
+            self.norm_memory = nn.LayerNorm(memory_width, eps=NORM_EPS)
+            self.did = Attention(width, heads, memory_width)
+        self.norm_mlp = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = Mlp(width, 4 * width)
+
+    def forward(self, x: Tensor, memory: Tensor | None, first_query: int = 0) -> Tensor:
+        """Map tokens [b, t, w] to [b, t - first_query, w]: tokens before `first_query` are only attended to."""
+        normed = self.norm_self(x)
+        x = x[:, first_query:] + self.self_attention(normed[:, first_query:], normed)
+        if self.did is not None:
+            x = x + self.did(self.norm_did(x), self.norm_memory(memory))
+        return x + self.mlp(self.norm_mlp(x))
+
+
+class Decoder(nn.Module):
+    """H_g: predicts the masked patches from one segment's tokens and, through DID, from earlier ones'.
+
+    Paper: Eq. (3), (8); Sec. 4 ("each appended decoder has 2 Transformer blocks").
+    """
+
+    def __init__(self, shape: DecoderShape, encoder_width: int, patch_values: int, *, did: bool) -> None:
+        super().__init__()
+        width = shape.width
+        memory_width = encoder_width if shape.did_memory == "raw" else width
+        self.embed = nn.Linear(encoder_width, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.blocks = nn.ModuleList(
+            DecoderBlock(width, shape.heads, memory_width if did and (i == 0 or shape.did_blocks == "all") else None)
+            for i in range(shape.depth)
+        )
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.predict = nn.Linear(width, patch_values)
+        if shape.weight_norm:
+            weight_norm(self.predict, dim=1)
+            gain = self.predict.get_parameter("parametrizations.weight.original0")
+            nn.init.ones_(gain.requires_grad_(False))
+
+    def forward(self, tokens: Tensor, memory: Tensor | None, positions: Tensor, *, all_patches: bool = False) -> Tensor:
+        """Predict patches.
+
+        Args:
+            tokens: [b, 1 + v, w], this segment's class token and visible tokens after `embed`.
+            memory: [b, k, c] tokens for DID, or None.
+            positions: [b, 1 + n, w] in the order class token, visible, masked.
+            all_patches: predict visible patches too; training needs only the masked ones, so the last block then
+                computes queries for these alone.
+
+        Returns:
+            [b, m, p] predictions of the masked patches, or [b, v + m, p], visible first.
+        """
+        masked = positions.shape[1] - tokens.shape[1]
+        mask_tokens = self.mask_token.to(tokens.dtype).expand(len(tokens), masked, -1)
+        x = torch.cat([tokens, mask_tokens], dim=1) + positions
+        *early, last = self.blocks
+        for block in early:
+            x = block(x, memory)
+        x = last(x, memory, first_query=1 if all_patches else tokens.shape[1])
+        return self.predict(self.norm(x))

@@ -1,0 +1,117 @@
+"""The encoder: timm's own VisionTransformer at any depth, run on visible patches only.
+
+Because the module *is* timm's, its weights open in timm unchanged; nothing here subclasses or patches it.
+Names are `vit_{ti,s,b,l}_{depth}`.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import timm
+import torch
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mirl.errors import UserError
+from mirl.models.patches import Size, gather, grid_size, sincos_positions
+
+# name: (width, heads). s has 12 heads, as in the paper's Table 1 (timm's vit_small has 6).
+WIDTHS = {"ti": (192, 3), "s": (384, 12), "b": (768, 12), "l": (1024, 16)}
+
+
+def parse_model(name: str) -> tuple[int, int, int]:
+    """Read (width, heads, depth) from a model's name, e.g. `vit_s_54` -> (384, 12, 54). Paper: Table 1."""
+    match = re.fullmatch(rf"vit_({'|'.join(WIDTHS)})_([1-9]\d*)", name)
+    if not match:
+        raise UserError(f"unknown model '{name}'; use vit_{{{','.join(WIDTHS)}}}_DEPTH, e.g. vit_s_54 or vit_b_24")
+    return *WIDTHS[match[1]], int(match[2])
+
+
+def check_sizes(image_size: Size, patch_size: Size) -> None:
+    """Raise UserError if patches do not tile the image; the remedy names the nearest size that they do tile."""
+    if min(*image_size, *patch_size) < 1:
+        raise UserError(f"image size {image_size} and patch size {patch_size} must be positive")
+    if any(i % p for i, p in zip(image_size, patch_size, strict=True)):
+        near = [max(1, round(i / p)) * p for i, p in zip(image_size, patch_size, strict=True)]
+        raise UserError(
+            f"patches of {patch_size[0]}x{patch_size[1]} do not tile an image of {image_size[0]}x{image_size[1]}; "
+            f"choose --image_size [{near[0]},{near[1]}] or another --patch_size"
+        )
+
+
+def timm_arguments(
+    width: int, heads: int, depth: int, image_size: Size, patch_size: Size, channels: int
+) -> dict[str, Any]:
+    """Return the arguments with which timm builds this encoder; `config.json` of an exported encoder repeats them.
+
+    Pooling is the mean over patch tokens after the final norm: what masked pre-training makes meaningful.
+    """
+    return {
+        "embed_dim": width,
+        "num_heads": heads,
+        "depth": depth,
+        "img_size": list(image_size),
+        "patch_size": list(patch_size),
+        "in_chans": channels,
+        "num_classes": 0,
+        "global_pool": "avg",
+        "fc_norm": False,
+    }
+
+
+def build_encoder(
+    width: int, heads: int, depth: int, image_size: Size, patch_size: Size, channels: int
+) -> VisionTransformer:
+    """Build a timm ViT with fixed 2-d sine-cosine positions and MAE's initialisation.
+
+    Raises:
+        UserError: if patches do not tile the image.
+    """
+    check_sizes(image_size, patch_size)
+    arguments = timm_arguments(width, heads, depth, image_size, patch_size, channels)
+    encoder: VisionTransformer = timm.create_model("vit_base_patch16_224", pretrained=False, **arguments)
+    initialise(encoder)
+    nn.init.xavier_uniform_(encoder.patch_embed.proj.weight.view(width, -1))
+    nn.init.normal_(encoder.cls_token, std=0.02)
+    positions = sincos_positions(width, grid_size(image_size, patch_size))
+    with torch.no_grad():
+        encoder.pos_embed.copy_(F.pad(positions, (0, 0, 1, 0)))  # the class token has position zero
+    encoder.pos_embed.requires_grad_(False)
+    return encoder
+
+
+def initialise(module: nn.Module) -> None:
+    """Give every linear layer in `module` Xavier-uniform weights and zero bias, as MAE and the official code do."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def embed_visible(encoder: VisionTransformer, patches: Tensor, visible: Tensor) -> Tensor:
+    """Embed the visible patches and add positions: z_0 with the class token first.
+
+    The patch embedding is a convolution whose stride is its size, hence a matrix product on flattened patches:
+    masked patches need not be embedded to be thrown away.
+
+    Args:
+        patches: [b, n, p]; visible: [b, v]. Returns [b, 1 + v, d].
+    """
+    kernel = encoder.patch_embed.proj
+    weight = kernel.weight.permute(0, 2, 3, 1).flatten(1)  # (d, c, ph, pw) -> (d, row, column, channel)
+    positions = encoder.pos_embed[0]
+    tokens = F.linear(gather(patches, visible), weight, kernel.bias) + positions[1:][visible]
+    class_token = (encoder.cls_token + positions[:1]).expand(len(tokens), -1, -1)
+    return torch.cat([class_token.to(tokens.dtype), tokens], dim=1)
+
+
+def run_segments(encoder: VisionTransformer, tokens: Tensor, taps: Iterable[int]) -> list[Tensor]:
+    """Run the blocks and return [z_0, z_1, ..., z_G], z_g after `taps[g - 1]` blocks. Paper: Eq. (5)."""
+    segments, start = [tokens], 0
+    for stop in taps:
+        segments.append(encoder.blocks[start:stop](segments[-1]))
+        start = stop
+    return segments

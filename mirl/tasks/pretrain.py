@@ -1,0 +1,302 @@
+"""`mirl pretrain`: from images to an encoder. Model, objective and data meet here through plain tensors."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+from mirl.data.decode import BadImage
+from mirl.data.loading import Batch, MaskedImages, StepSampler, collate, load
+from mirl.data.sources import Source, open_source
+from mirl.data.transforms import channel_statistics, fixed_view, normalise, training_view
+from mirl.errors import UserError
+from mirl.methods import Method, mae, mirl
+from mirl.models.autoencoder import Autoencoder, build_autoencoder
+from mirl.models.decoder import DecoderShape
+from mirl.models.encoder import check_sizes, parse_model, timm_arguments
+from mirl.models.masking import split, visible_count
+from mirl.models.patches import gather, grid_size, patchify
+from mirl.objectives.pixels import pixel_target, reconstruction_loss
+from mirl.tasks.settings import Pretraining, Resolved, resolve, resumed
+from mirl.training import loop
+from mirl.training.checkpoints import atomic
+from mirl.training.monitors import duration
+from mirl.training.optimizers import adamw
+from mirl.training.pictures import draw, panels
+from mirl.training.runs import RunFolder, read_config
+from mirl.training.schedules import learning_rate
+
+BETAS = (0.9, 0.95)
+HELD_OUT_SHARE, HELD_OUT_MOST = 0.02, 2000
+TRAINING, HELD_OUT = 0, 1  # streams of random numbers
+PICTURED = 6
+SAMPLED = 64  # images looked at to choose the image size
+
+
+def pretrain(**options: Any) -> Path:
+    """Pre-train an encoder on images without labels, by MIRL or MAE, and return the run folder.
+
+    Takes the fields of `mirl.Pretraining` as keyword arguments, e.g. `mirl.pretrain(data="photos", out="runs/photos")`.
+
+    Raises:
+        UserError: on a mistake in the options, the data or the run folder.
+        KeyboardInterrupt: after SIGINT or SIGTERM, once the state is saved.
+    """
+    settings = Pretraining(**options)
+    if settings.resume:
+        settings = resumed(settings, read_config(settings.run_folder))
+    precision = settings.precision if settings.precision != "auto" else loop.best_precision()
+    source = open_source(settings.data, channels=settings.channels, download=settings.download)
+    training, held_out = split_off_held_out(len(source))
+    fabric = loop.launch(settings.devices, settings.num_nodes, precision)
+    settings = resolve(
+        settings, images=len(training), shorter_side=typical_side(source), gpu=fabric.device.type == "cuda",
+        devices=fabric.world_size, precision=precision,
+    )  # fmt: skip
+    torch.manual_seed(settings.seed)
+    task = PretrainTask(settings, source, held_out)
+    run = RunFolder(
+        settings.run_folder, resume=settings.resume, overwrite=settings.overwrite, writes=fabric.is_global_zero
+    )
+    try:
+        micro_batch, seconds = loop.probe(fabric, task, task.autoencoder, settings.micro_batch, run)
+        settings = replace(settings, micro_batch=micro_batch)
+        run.write_config(settings.saved())
+        for line in summary(settings, task, fabric.device, len(training), len(held_out), seconds / fabric.world_size):
+            run.say(line)
+        _train(fabric, settings, task, training, run)
+        if fabric.is_global_zero:
+            export(task.autoencoder, settings, run)
+            run.say(how_to_use(run, settings))
+    finally:
+        run.close()
+    return run.path
+
+
+def _train(fabric: Any, settings: Resolved, task: "PretrainTask", training: np.ndarray, run: RunFolder) -> None:
+    steps_per_epoch = len(training) // settings.batch_size
+    steps = steps_per_epoch * settings.epochs
+    peak = peak_rate(settings)
+    warmup = min(1.0, settings.warmup_epochs / settings.epochs)
+    model = task.autoencoder
+    optimizer = adamw(model, lr=peak, weight_decay=settings.weight_decay, betas=BETAS, fused=settings.precision != "16")
+    progress = loop.restore(fabric, run, model, optimizer) if settings.resume else loop.Progress()
+    run.forget_after(progress.step)
+    if progress.step >= steps:
+        run.say(f"the run is complete ({steps} steps); a longer one needs another --out")
+        return
+    if progress.step:
+        run.say(f"resumed at step {progress.step} of {steps}")
+    plan = loop.Plan(
+        steps=steps,
+        steps_per_epoch=steps_per_epoch,
+        batch_size=settings.batch_size,
+        micro_batches=math.ceil(settings.batch_size / fabric.world_size / settings.micro_batch),
+        rate=lambda step: learning_rate(step / steps, peak, warmup, settings.schedule),
+        clip_grad=settings.clip_grad,
+        evaluate_every=settings.evaluate_epochs * steps_per_epoch,
+        checkpoint_seconds=settings.checkpoint_minutes * 60,
+        samples=len(task.source),
+        max_bad=settings.max_bad,
+    )
+    sampler = StepSampler(
+        len(training), settings.batch_size, settings.micro_batch, seed=settings.seed, start=progress.step, stop=steps,
+        rank=fabric.global_rank, world_size=fabric.world_size,
+    )  # fmt: skip
+    view = training_view(task.image_size, settings.min_crop, settings.flip)
+    pin = fabric.device.type == "cuda"
+    batches = load(task.masked_images(training, view, TRAINING), sampler, workers=settings.workers, pin=pin)
+    mine = list(range(len(task.held_out)))[fabric.global_rank :: fabric.world_size] or [0]
+    keys = [[(0, i) for i in mine[k : k + settings.micro_batch]] for k in range(0, len(mine), settings.micro_batch)]
+    held_out = load(task.held_out, keys, workers=settings.workers, pin=pin)
+    loop.fit(fabric, task, model, optimizer, run, plan, progress, batches, held_out)
+
+
+class PretrainTask:
+    """Masked reconstruction: the autoencoder, its loss, and pictures of held-out images.
+
+    Args:
+        settings: resolved; held_out: indices into `source` of images that are never trained on.
+    """
+
+    def __init__(self, settings: Resolved, source: Source, held_out: np.ndarray) -> None:
+        self.settings, self.source = settings, source
+        self.image_size, self.patch_size = settings.image_size, settings.patch_size
+        check_sizes(self.image_size, self.patch_size)
+        self.patches = math.prod(grid_size(self.image_size, self.patch_size))
+        visible_count(self.patches, settings.mask_ratio)
+        self.method = method_of(settings)
+        self.autoencoder = build_autoencoder(
+            settings.model, self.method, decoder_shape(settings, self.method), image_size=self.image_size,
+            patch_size=self.patch_size, channels=settings.channels,
+        )  # fmt: skip
+        # The same views and masks in every run of this data, whatever its seed, so that losses compare.
+        self.held_out = self.masked_images(held_out, partial(fixed_view, size=self.image_size), HELD_OUT, seed=0)
+
+    def masked_images(
+        self, members: np.ndarray, view: Callable[[Tensor], Tensor], stream: int, *, seed: int | None = None
+    ) -> MaskedImages:
+        return MaskedImages(
+            self.source, members, view, patches=self.patches, patch_size=self.patch_size,
+            mask_ratio=self.settings.mask_ratio, key=(self.settings.seed if seed is None else seed, stream),
+        )  # fmt: skip
+
+    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Return the loss [b] of each image and, where there are several, of each pair. Paper: Eq. (6), (7)."""
+        patches = patchify(normalise(batch.images, self.settings.channels), self.patch_size)
+        predictions = model(patches, batch.visible, batch.masked)
+        target = pixel_target(gather(patches, batch.masked), self.settings.target)
+        loss, terms = reconstruction_loss(predictions, target, self.method.terms)
+        pairs = {f"pair_{g}": term for g, term in enumerate(terms, start=1)} if len(terms) > 1 else {}
+        return {"loss": loss, **pairs}
+
+    def names(self, batch: Batch) -> list[str]:
+        return [self.source.name_of(int(index)) for index in batch.indices]
+
+    def example(self, size: int) -> Batch:
+        """Return `size` random images, to measure memory and time with."""
+        images = torch.randint(256, (size, self.settings.channels, *self.image_size), dtype=torch.uint8)
+        visible, masked = split(torch.rand(size, self.patches), self.settings.mask_ratio)
+        return Batch(images, visible, masked, torch.zeros(size, dtype=torch.int64))
+
+    def draw(self, run: RunFolder, step: int, epoch: float) -> None:
+        """Write the picture of this moment: the first held-out images, with fixed masks."""
+        device = self.autoencoder.positions.device
+        chosen = [self.held_out[0, i] for i in range(min(PICTURED, len(self.held_out)))]
+        batch = collate(chosen).to(device)
+        patches = patchify(normalise(batch.images, self.settings.channels), self.patch_size)
+        predictions = self.autoencoder(patches, batch.visible, batch.masked)
+        columns = panels(
+            patches, batch.visible, batch.masked, predictions, self.method.terms, target=self.settings.target,
+            image_size=self.image_size, patch_size=self.patch_size, channels=self.settings.channels,
+        )  # fmt: skip
+        draw(
+            columns,
+            run.pictures / f"step_{step:08d}.png",
+            f"{self.settings.model} · {self.method.name} · epoch {epoch:g}",
+        )
+
+
+def method_of(settings: Resolved) -> Method:
+    """Build the method that the settings name."""
+    depth = parse_model(settings.model)[2]
+    if settings.method == "mae":
+        if settings.segments not in (None, 1) or settings.taps:
+            raise UserError("--segments and --taps belong to mirl; mae has one decoder after the last block")
+        return mae(depth)
+    return mirl(depth, settings.segments, taps=settings.taps, context=settings.context)
+
+
+def decoder_shape(settings: Resolved, method: Method) -> DecoderShape:
+    """Choose the decoders' form: the encoder's width (at most 512), 2 blocks (4 for a single decoder), 32 a head."""
+    width = settings.decoder_width or min(512, parse_model(settings.model)[0])
+    heads = settings.decoder_heads or max(1, width // 32)
+    if width % heads or width % 4:
+        raise UserError(
+            f"--decoder_width {width} with --decoder_heads {heads}: give a width that 4 and the heads divide"
+        )
+    depth = settings.decoder_depth or (2 if len(method.taps) > 1 else 4)
+    return DecoderShape(width, depth, heads, settings.did_blocks, settings.did_memory, settings.weight_norm)
+
+
+def split_off_held_out(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return indices of training and held-out images: a fixed 2 %, at most 2,000 and at least 1, are held out."""
+    if count < 2:
+        raise UserError(f"{count} image is too few: one is held out for evaluation; give at least 2")
+    order = np.random.default_rng(0).permutation(count)
+    held_out = min(HELD_OUT_MOST, max(1, round(HELD_OUT_SHARE * count)))
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def typical_side(source: Source) -> float:
+    """Return the median shorter side, in pixels, of a sample of the images."""
+    sides, bad = [], None
+    for index in np.unique(np.linspace(0, len(source) - 1, SAMPLED).astype(int)):
+        try:
+            sides.append(min(source.read(int(index)).shape[-2:]))
+        except BadImage as error:
+            bad = f"{source.name_of(int(index))} {error.reason}"
+    if not sides:
+        raise UserError(f"none of the images looked at can be read, e.g. {bad}; check the data")
+    return float(np.median(sides))
+
+
+def peak_rate(settings: Resolved) -> float:
+    """Return the learning rate after warm-up: `base_lr` for 256 images, in proportion to the batch."""
+    return settings.base_lr * settings.batch_size / 256
+
+
+def summary(
+    settings: Resolved, task: PretrainTask, device: torch.device, training: int, held_out: int, seconds: float
+) -> list[str]:
+    """Say everything that was chosen, before the first step. `seconds` is the measured time of one image."""
+    s, method, model = settings, task.method, task.autoencoder
+    encoder = sum(p.numel() for p in model.encoder.parameters()) / 1e6
+    decoders = sum(p.numel() for p in model.parameters()) / 1e6 - encoder
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    ignored = getattr(task.source, "ignored", 0)
+    segments = f", {len(method.taps)} segments, decoders after blocks {', '.join(map(str, method.taps))}"
+    (height, width), (patch_height, patch_width) = s.image_size, s.patch_size
+    others = f" ({ignored} other files ignored)" if ignored else ""
+    return [
+        f"data      {s.data}: {training} images to train on, {held_out} held out{others}",
+        f"model     {s.model} ({encoder:.1f} M parameters) · {method.name}{segments if len(method.taps) > 1 else ''}",
+        f"decoders  {len(method.taps)} of {model.shape.depth} blocks, width {model.shape.width} ({decoders:.1f} M)",
+        f"input     {height}x{width} px, patches of {patch_height}x{patch_width}, {s.channels} channels · "
+        f"{s.mask_ratio:.0%} of {task.patches} patches masked",
+        f"recipe    {s.epochs} epochs of {training // s.batch_size} steps · batch {s.batch_size}, {s.micro_batch} at once "
+        f"· peak rate {peak_rate(s):.2g} after {s.warmup_epochs:.3g} epochs, {s.schedule} schedule · seed {s.seed}",
+        f"machine   {name} · precision {s.precision} · {s.workers} data workers",
+        f"run       {s.run_folder} · about {duration(seconds * training * s.epochs)} if data keep up",
+    ]
+
+
+def export(model: Autoencoder, settings: Resolved, run: RunFolder) -> None:
+    """Write `encoder/`, which timm opens, and `autoencoder.safetensors`, which holds the decoders too."""
+    encoder, channels = model.encoder, settings.channels
+    mean, deviation = channel_statistics(channels)
+    encoder.pretrained_cfg = {
+        "architecture": "vit_base_patch16_224", "input_size": (channels, *model.image_size), "fixed_input_size": True,
+        "mean": mean, "std": deviation, "interpolation": "bicubic", "crop_pct": 1.0, "num_classes": 0,
+        "first_conv": "patch_embed.proj", "classifier": "head",
+    }  # fmt: skip
+    arguments = timm_arguments(
+        encoder.embed_dim,
+        encoder.blocks[0].attn.num_heads,
+        len(encoder.blocks),
+        model.image_size,
+        model.patch_size,
+        channels,
+    )
+    fresh = run.encoder.with_name("encoder.tmp")
+    shutil.rmtree(fresh, ignore_errors=True)
+    save_for_hf(encoder, str(fresh), model_args=arguments, safe_serialization=True)
+    shutil.rmtree(run.encoder, ignore_errors=True)
+    fresh.rename(run.encoder)
+    state = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
+    with atomic(run.autoencoder) as temporary:
+        save_file(state, temporary, metadata={"format": "pt", "mirl": json.dumps(settings.saved())})
+
+
+def how_to_use(run: RunFolder, settings: Resolved) -> str:
+    """Return lines that a user can paste."""
+    height, width = settings.image_size
+    features = parse_model(settings.model)[0]
+    return f"""
+done: {run.path} · pictures/ shows what was learned, checkpoints/ can be resumed
+
+    import timm, torch
+    encoder = timm.create_model("local-dir:{run.encoder}", pretrained=True).eval()
+    images = torch.zeros(1, {settings.channels}, {height}, {width})   # normalised as {run.encoder.name}/config.json says
+    features = encoder(images)   # [1, {features}], the mean over patches
+"""

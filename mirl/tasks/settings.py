@@ -1,0 +1,247 @@
+"""Options of a pre-training run, and the choices made for those that are not given.
+
+One dataclass is the Python arguments, the command-line flags, `config.yaml` and what a resumed run must agree with.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mirl.errors import UserError
+
+PAPER_BATCH, PAPER_EPOCHS, PAPER_WARMUP = 4096, 300, 40
+
+# Largest shorter side of an image (median over a sample) -> (image size, patch size).
+SIZES = ((48, 32, 4), (96, 64, 8), (176, 128, 16), (float("inf"), 224, 16))
+
+# Options that may differ when a run is resumed, because the result does not depend on them (or is said to).
+Precision = Literal["32", "bf16", "16"]
+
+FREE = {"out", "resume", "overwrite", "download", "devices", "num_nodes", "workers", "checkpoint_minutes", "max_bad"}
+NOT_SAVED = {"resume", "overwrite", "download"}
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """Options of `mirl pretrain`. What is None is chosen from the data and the machine, and printed."""
+
+    data: str = "shapes"
+    """images: a folder (nested or flat, no labels), a glob, a text file of paths, `shapes`, or a torchvision name"""
+    out: str | None = None
+    """run folder; by default runs/ and the name of the data"""
+    download: bool = False
+    """let torchvision download a data set given by name"""
+
+    model: str | None = None
+    """vit_{ti,s,b,l}_DEPTH, e.g. vit_s_54; by default vit_s_54 on a GPU with 50,000 images or more, else vit_ti_12"""
+    method: Literal["mirl", "mae"] = "mirl"
+    """masked image residual learning, or the plain masked autoencoder"""
+    segments: int | None = None
+    """segments of the encoder, 1 or even; by default 4 for 24 blocks, 6 for 48 and 54, else 2 (the paper)"""
+    taps: list[int] | None = None
+    """block counts after which decoders read, e.g. [4,12], for segments of unequal length"""
+    context: Literal["dense", "none"] = "dense"
+    """what MIRL's decoders may cross-attend: all earlier segments (DID), or nothing"""
+    image_size: int | tuple[int, int] | None = None
+    """pixels, one number or [height,width]; by default from the images: 32, 64, 128 or 224"""
+    patch_size: int | tuple[int, int] | None = None
+    """pixels, one number or [height,width]; by default 4, 8 or 16 for 32, 64 or larger images"""
+    channels: int = 3
+    """1 grey, 3 RGB, 4 RGBA, any other number for .npy arrays"""
+    decoder_width: int | None = None
+    """by default the encoder's width, at most 512"""
+    decoder_depth: int | None = None
+    """blocks of each decoder; by default 2, or 4 for a single decoder (equal cost, the paper's Fig. 3)"""
+    decoder_heads: int | None = None
+    """by default one per 32 of decoder width"""
+    did_blocks: Literal["first", "all"] = "first"
+    """decoder blocks with cross-attention: first (the paper) or all (the official code)"""
+    did_memory: Literal["raw", "embedded"] = "raw"
+    """cross-attention reads the encoder's tokens (the paper) or decoder-width ones (the official code)"""
+    weight_norm: bool = False
+    """weight-normalised prediction layers (the official code)"""
+
+    target: Literal["normalised", "raw"] = "normalised"
+    """predict pixels normalised within each patch, or raw"""
+    mask_ratio: float = 0.75
+    """share of patches that is masked"""
+    min_crop: float = 0.2
+    """smallest share of an image's area that a random crop keeps"""
+    flip: bool = True
+    """mirror half of the images"""
+    epochs: int | None = None
+    """passes over the data; by default 300 from 100,000 images on (the paper), 800 for fewer, 20 for `shapes`"""
+    batch_size: int | None = None
+    """images in one optimizer step over all devices; by default a power of two near images / 50, from 16 to 4096"""
+    micro_batch: int | None = None
+    """images computed at once on one device; by default 64 on a CPU, on a GPU what fits"""
+    base_lr: float = 1.5e-4
+    """learning rate per 256 images of batch"""
+    weight_decay: float = 0.05
+    """AdamW's, not applied to norms and biases"""
+    warmup_epochs: float | None = None
+    """linear warm-up; by default 40 of 300 epochs, in proportion"""
+    schedule: Literal["step", "cosine"] = "step"
+    """step: x0.1 at 90 % and at 95 % (the paper); cosine: to zero (the official code)"""
+    clip_grad: float | None = None
+    """largest gradient norm; by default not clipped"""
+    seed: int = 0
+    """of weights, order, crops and masks"""
+
+    precision: Literal["auto", "32", "bf16", "16"] = "auto"
+    """auto: bf16 where the device has it"""
+    devices: str | int = "auto"
+    """GPUs (or CPU processes) on this machine"""
+    num_nodes: int = 1
+    """machines"""
+    workers: int | None = None
+    """data workers per device; by default one per core and device, at most 16"""
+    resume: bool = False
+    """go on with the run in --out; options that are not given are the run's own"""
+    overwrite: bool = False
+    """delete the run in --out and start again"""
+    checkpoint_minutes: float = 10
+    """minutes between checkpoints"""
+    evaluate_epochs: int | None = None
+    """epochs between evaluations with pictures; by default 20 times in a run"""
+    max_bad: float = 0.1
+    """share of unusable files above which the run stops"""
+
+    def __post_init__(self) -> None:
+        checks: dict[str, tuple[bool, str]] = {
+            "mask_ratio": (0 < self.mask_ratio < 1, "more than 0 and less than 1"),
+            "min_crop": (0 < self.min_crop <= 1, "more than 0 and at most 1"),
+            "max_bad": (0 <= self.max_bad <= 1, "0 to 1"),
+            "base_lr": (self.base_lr > 0, "more than 0"),
+            "weight_decay": (self.weight_decay >= 0, "0 or more"),
+            "checkpoint_minutes": (self.checkpoint_minutes >= 0, "0 or more"),
+            "clip_grad": (self.clip_grad is None or self.clip_grad > 0, "more than 0"),
+            "warmup_epochs": (self.warmup_epochs is None or self.warmup_epochs >= 0, "0 or more"),
+            "workers": (self.workers is None or self.workers >= 0, "0 or more"),
+        }
+        for name in ("channels", "epochs", "batch_size", "micro_batch", "evaluate_epochs", "num_nodes", "decoder_width",
+                     "decoder_depth", "decoder_heads"):  # fmt: skip
+            value = getattr(self, name)
+            checks[name] = (value is None or value >= 1, "1 or more")
+        for name, (good, allowed) in checks.items():
+            if not good:
+                raise UserError(f"--{name} {getattr(self, name)} is not allowed; give {allowed}")
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run goes: --out, or runs/ and the name of the data."""
+        if self.out:
+            return Path(self.out)
+        name = Path(self.data).stem if "*" not in self.data else "pretrain"
+        return Path("runs") / (name.replace(":", "-") or "pretrain")
+
+    def saved(self) -> dict[str, Any]:
+        """Return what config.yaml keeps: every option but those that tell how to start."""
+        values = {k: v for k, v in dataclasses.asdict(self).items() if k not in NOT_SAVED}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+@dataclass(frozen=True)
+class Resolved(Pretraining):
+    """Options of which every choice is made."""
+
+    model: str = ""
+    image_size: tuple[int, int] = (0, 0)
+    patch_size: tuple[int, int] = (0, 0)
+    epochs: int = 0
+    batch_size: int = 0
+    micro_batch: int = 0
+    warmup_epochs: float = 0
+    precision: Literal["32", "bf16", "16"] = "32"
+    workers: int = 0
+    evaluate_epochs: int = 0
+
+
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """Read a size given as one number or as (height, width)."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def resumed(given: Pretraining, saved: dict[str, Any]) -> Pretraining:
+    """Return the run's own settings, with the options that may change taken from `given`.
+
+    An option left at its default takes the saved value.
+
+    Raises:
+        UserError: if an option was given that would make it another run.
+    """
+    changes = {}
+    for field in dataclasses.fields(Pretraining):
+        value, kept = getattr(given, field.name), saved.get(field.name, field.default)
+        if field.name in ("image_size", "patch_size"):
+            kept, value = pair(kept), value if value is None else pair(value)
+        if field.name in FREE:
+            changes[field.name] = kept if value == field.default and field.name not in NOT_SAVED else value
+        elif value in (field.default, kept):
+            changes[field.name] = kept
+        else:
+            raise UserError(
+                f"the run was started with --{field.name} {kept}, and --resume cannot change it to {value}; "
+                f"leave it out, or start a new run with another --out"
+            )
+    return Pretraining(**changes)
+
+
+def resolve(
+    given: Pretraining, *, images: int, shorter_side: float, gpu: bool, devices: int, precision: Precision
+) -> Resolved:
+    """Choose what was not given.
+
+    Args:
+        given: the options.
+        images: training images; shorter_side: median pixels of a sample's shorter sides.
+        gpu: whether there is one; devices: processes of the whole run; precision: the device's best.
+
+    Raises:
+        UserError: if the batch is larger than the data or cannot be shared by the devices.
+    """
+    size, patch = next((size, patch) for limit, size, patch in SIZES if shorter_side <= limit)
+    if given.image_size is not None:
+        patch = default_patch(given.image_size)
+    epochs = given.epochs or (20 if built_in(given) else PAPER_EPOCHS if images >= 100_000 else 800)
+    batch = given.batch_size or default_batch(images, devices)
+    if batch > images:
+        raise UserError(f"--batch_size {batch} is more than the {images} training images; give at most {images}")
+    if batch % devices:
+        raise UserError(f"--batch_size {batch} cannot be shared by {devices} devices; give a multiple of {devices}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    choices = {
+        "out": str(given.run_folder),
+        "model": given.model or ("vit_s_54" if gpu and images >= 50_000 else "vit_ti_12"),
+        "image_size": pair(given.image_size or size),
+        "patch_size": pair(given.patch_size or patch),
+        "epochs": epochs,
+        "batch_size": batch,
+        "micro_batch": min(given.micro_batch or (batch if gpu else 64), batch // devices),
+        "warmup_epochs": epochs * PAPER_WARMUP / PAPER_EPOCHS if given.warmup_epochs is None else given.warmup_epochs,
+        "precision": precision,
+        "workers": min(16, max(1, cores * given.num_nodes // devices)) if given.workers is None else given.workers,
+        "evaluate_epochs": given.evaluate_epochs or max(1, epochs // 20),
+    }
+    return Resolved(**dataclasses.asdict(given) | choices)
+
+
+def built_in(settings: Pretraining) -> bool:
+    """Tell whether the data are the generated shapes."""
+    return settings.data.partition(":")[0] == "shapes"
+
+
+def default_batch(images: int, devices: int) -> int:
+    """Return the paper's 4096 for ImageNet's size, less for fewer images: about 50 to 100 steps an epoch."""
+    power = 2 ** max(0, (images // 50).bit_length() - 1)
+    batch = min(images, PAPER_BATCH, max(16, power))
+    return max(devices, batch - batch % devices)
+
+
+def default_patch(image_size: int | Sequence[int]) -> int:
+    """Return the patch size that goes with an image size: 4 to 48 px, 8 to 96 px, else 16."""
+    side = min(pair(image_size))
+    return 4 if side <= 48 else 8 if side <= 96 else 16

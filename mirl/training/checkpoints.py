@@ -1,0 +1,88 @@
+"""Checkpoints that survive a kill at any moment: written aside, synced, renamed; the one before is kept."""
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mirl.errors import UserError
+
+KEEP = 2  # the newest, and the one before in case the newest is damaged later
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; when the block ends well, sync it and rename it to `path`."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08d}.pt"
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Return the steps of the checkpoints in `folder`, newest first."""
+    matches = (re.fullmatch(r"step_(\d{8,})\.pt", path.name) for path in folder.glob("step_*.pt"))
+    return sorted((int(match[1]) for match in matches if match), reverse=True)
+
+
+def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write `state` as the checkpoint of `step` and delete all but the newest `KEEP`.
+
+    Raises:
+        UserError: if the disk is full or not writable; earlier checkpoints are untouched.
+    """
+    path = checkpoint_path(folder, step)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as temporary, open(temporary, "wb") as file:
+            torch.save({"step": step, **state}, file)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        last = next(iter(saved_steps(folder)), None) if folder.is_dir() else None
+        kept = f"the last good checkpoint is step {last}" if last is not None else "no checkpoint exists yet"
+        raise UserError(
+            f"cannot save {path}: {cause}; {kept}; free space or permit writing, then add --resume"
+        ) from error
+    for old in saved_steps(folder)[KEEP:]:
+        checkpoint_path(folder, old).unlink(missing_ok=True)
+    return path
+
+
+def load_newest(folder: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """Load the newest readable checkpoint on the CPU; name each unreadable one with `say` and try the one before.
+
+    Returns None if there is no checkpoint at all.
+
+    Raises:
+        UserError: if checkpoints exist and none can be read.
+    """
+    steps = saved_steps(folder)
+    for step in steps:
+        path = checkpoint_path(folder, step)
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            return state
+        except Exception as error:  # a damaged file can raise nearly anything
+            say(f"checkpoint {path} cannot be read ({str(error).splitlines()[0][:100]}); trying the one before")
+    if steps:
+        raise UserError(f"none of the {len(steps)} checkpoints in {folder} can be read; start again with --overwrite")
+    return None

@@ -1,0 +1,85 @@
+"""Pictures of reconstructions: original, masked, then main component, residual and their sum for each pair.
+
+Paper: Figure 7.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from mirl.data.transforms import channel_statistics
+from mirl.methods import Term
+from mirl.models.patches import Size, gather, unpatchify
+from mirl.objectives.pixels import Target, to_pixels
+from mirl.training.checkpoints import atomic
+
+GREY = 0.5
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A column of a picture: its title and images [b, c, h, w] in 0..1 (values outside are clipped when drawn)."""
+
+    title: str
+    images: Tensor
+
+
+def panels(
+    patches: Tensor, visible: Tensor, masked: Tensor, predictions: Sequence[Tensor], terms: Sequence[Term],
+    *, target: Target, image_size: Size, patch_size: Size, channels: int,
+) -> list[Panel]:  # fmt: skip
+    """Turn predictions of masked patches into pictures.
+
+    Normalised predictions get each patch's true mean and deviation back; a residual has no mean and is drawn around
+    grey. Visible patches show the image in reconstructions, and no residual.
+
+    Args:
+        patches: [b, n, p] normalised as the model saw them; visible [b, v]; masked [b, m].
+        predictions: one [b, m, p] per decoder.
+    """
+    mean, deviation = (torch.tensor(s).view(-1, 1, 1) for s in channel_statistics(channels))
+    truth = gather(patches, masked)
+
+    def image(masked_patches: Tensor, visible_patches: Tensor) -> Tensor:
+        whole = torch.empty_like(patches)
+        for indices, values in ((masked, masked_patches), (visible, visible_patches)):
+            whole.scatter_(1, indices.unsqueeze(-1).expand_as(values), values)
+        return unpatchify(whole, image_size, patch_size) * deviation
+
+    seen, nothing = gather(patches, visible), torch.zeros_like(gather(patches, visible))
+    grey = unpatchify(torch.zeros_like(patches), image_size, patch_size) + GREY
+    hidden = image(torch.ones_like(truth), nothing) != 0
+    original = image(truth, seen) + mean
+    result = [Panel("original", original), Panel("masked", torch.where(hidden, grey, original))]
+    for number, term in enumerate(terms, start=1):
+        parts = [predictions[decoder - 1].float() for decoder in term.decoders]
+        total = to_pixels(torch.stack(parts).sum(0), truth, target)
+        label = f"pair {number}: " if len(terms) > 1 else ""
+        if len(parts) == 2:
+            main = to_pixels(parts[0], truth, target)
+            result.append(Panel(f"{label}main", image(main, seen) + mean))
+            result.append(Panel("residual", image(total - main, nothing) + GREY))
+        result.append(Panel("sum" if len(parts) > 1 else f"{label}reconstruction", image(total, seen) + mean))
+    return result
+
+
+def draw(columns: Sequence[Panel], path: Path, title: str) -> None:
+    """Draw one row per image and one column per panel to a PNG at `path`."""
+    rows = len(columns[0].images)
+    _, _, height, width = columns[0].images.shape
+    cell = 1.3
+    figure = Figure(figsize=(cell * len(columns), cell * rows * height / width + 0.55), dpi=150, layout="constrained")
+    figure.suptitle(title, fontsize=8)
+    axes = figure.subplots(rows, len(columns), squeeze=False)
+    for j, panel in enumerate(columns):
+        axes[0, j].set_title(panel.title, fontsize=7)
+        for i, image in enumerate(panel.images.clamp(0, 1)):
+            pixels = image[:3].permute(1, 2, 0) if len(image) >= 3 else image[0]
+            axes[i, j].imshow(pixels.cpu().numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axes[i, j].axis("off")
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png")

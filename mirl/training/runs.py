@@ -1,0 +1,128 @@
+"""The run folder: who may write it, what it holds, how a run is found again.
+
+config.yaml  log.txt  metrics.jsonl  tensorboard/  checkpoints/  encoder/  autoencoder.safetensors  pictures/
+"""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from mirl.errors import UserError
+from mirl.training.checkpoints import atomic
+
+ENTRIES = (
+    *("config.yaml", "log.txt", "metrics.jsonl", "tensorboard", "checkpoints", "encoder", "autoencoder.safetensors"),
+    "pictures",
+)
+console = Console(highlight=False, soft_wrap=True)
+
+
+class RunFolder:
+    """A run's files. `say` prints a line and keeps it in log.txt; `record` appends one row of metrics.
+
+    Args:
+        path: the folder; made if missing.
+        resume, overwrite: what to do with a run that is there already; neither is an error that says so.
+        writes: False in all processes but the first.
+
+    Raises:
+        UserError: if the folder holds a run and neither is given, holds something else, or cannot be written;
+            or if `resume` finds no run.
+    """
+
+    def __init__(self, path: str | Path, *, resume: bool, overwrite: bool, writes: bool = True) -> None:
+        self.path, self.writes = Path(path), writes
+        self.checkpoints, self.pictures = self.path / "checkpoints", self.path / "pictures"
+        self.encoder, self.autoencoder = self.path / "encoder", self.path / "autoencoder.safetensors"
+        self.tensorboard, self._config, self._metrics = (
+            self.path / name for name in ("tensorboard", "config.yaml", "metrics.jsonl")
+        )
+        self._log = logging.getLogger(f"mirl.run.{id(self)}")
+        if writes:
+            self._claim(resume, overwrite)
+
+    def _claim(self, resume: bool, overwrite: bool) -> None:
+        if resume and overwrite:
+            raise UserError("--resume and --overwrite were both given; choose one")
+        try:
+            content = [] if not self.path.exists() else [entry.name for entry in self.path.iterdir()]
+            is_run = "config.yaml" in content
+            if content and not is_run:
+                raise UserError(f"{self.path} is not empty and not a run folder; choose another --out")
+            if resume and not is_run:
+                raise UserError(f"{self.path} holds no run to resume; leave out --resume to start one")
+            if is_run and not (resume or overwrite):
+                raise UserError(
+                    f"{self.path} holds a run; add --resume to go on, --overwrite to start again, or another --out"
+                )
+            if overwrite:
+                for name in ENTRIES:
+                    entry = self.path / name
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+            self.pictures.mkdir(parents=True, exist_ok=True)
+            handler = logging.FileHandler(self.path / "log.txt", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"cannot write the run folder {self.path}: {error.strerror}; choose another --out"
+            ) from error
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        self._log.addHandler(handler)
+        self._log.setLevel(logging.INFO)
+        self._log.propagate = False
+
+    def close(self) -> None:
+        for handler in self._log.handlers[:]:
+            handler.close()
+            self._log.removeHandler(handler)
+
+    def say(self, line: str) -> None:
+        """Print `line` and keep it, with the time, in log.txt."""
+        if self.writes:
+            console.print(line, markup=False)
+            self._log.info(line)
+
+    def note(self, line: str) -> None:
+        """Keep `line` in log.txt without printing it."""
+        if self.writes:
+            self._log.info(line)
+
+    def write_config(self, settings: dict[str, Any]) -> None:
+        if self.writes:
+            with atomic(self._config) as temporary:
+                temporary.write_text(yaml.safe_dump(settings, sort_keys=False))
+
+    def record(self, row: dict[str, Any]) -> None:
+        """Append one row to metrics.jsonl."""
+        if self.writes:
+            with open(self._metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop rows of steps that the resumed run does again, and a last line that a kill cut short."""
+        if not (self.writes and self._metrics.exists()):
+            return
+        rows = []
+        for line in self._metrics.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        with atomic(self._metrics) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Return the settings of the run in folder `path`."""
+    try:
+        return dict(yaml.safe_load((Path(path) / "config.yaml").read_text()))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path} holds no run (no config.yaml); give a folder that `mirl pretrain --out` wrote"
+        ) from error
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise UserError(f"{path}/config.yaml cannot be read: {str(error).splitlines()[0]}") from error

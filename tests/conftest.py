@@ -1,0 +1,27 @@
+"""Where tests find what is not part of the project, and settings of a tiny run."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("MIRL_SHARED", REPOSITORY.parent / "shared"))
+
+
+@pytest.fixture
+def golden() -> Path:
+    """Outputs of the official implementation."""
+    folder = SHARED / "golden" / "official_tiny"
+    if not folder.is_dir():
+        pytest.skip(f"the official implementation's outputs are not at {folder}; set MIRL_SHARED")
+    return folder
+
+
+@pytest.fixture
+def tiny() -> dict[str, object]:
+    """Options of a run that takes a second: 4 blocks, 2 segments, 32 px, 100 generated images, 6 steps an epoch."""
+    return {
+        "data": "shapes:100", "model": "vit_ti_4", "image_size": 32, "patch_size": 8, "decoder_width": 32,
+        "decoder_depth": 1, "epochs": 2, "batch_size": 16, "workers": 0, "precision": "32",
+    }  # fmt: skip
