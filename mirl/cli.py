@@ -1,9 +1,11 @@
 """The `mirl` command. A command is a Python function: its signature and docstring are the flags and the help."""
 
 import importlib
+import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from mirl.errors import UserError
 
@@ -45,17 +47,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, arguments: Sequence[str]) -> None:
-    from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     module, function_name = COMMANDS[name][0].split(":")
     function: Callable[..., Any] = getattr(importlib.import_module(module), function_name)
-    parser = ArgumentParser(prog=f"mirl {name}", description=(function.__doc__ or "").split("\n")[0])
+    description = (function.__doc__ or "").split("\n")[0]
+    parser = ArgumentParser(prog=f"mirl {name}", description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options; later flags override it")
     parser.add_function_arguments(function, as_group=False, as_positional=True)
-    values = parser.parse_args(_spell_out_switches(parser, arguments)).as_dict()
+    try:
+        values = parser.parse_args(_spell_out_switches(parser, arguments)).as_dict()
+    except (ArgumentError, UnicodeDecodeError) as error:
+        raise UserError(f"{_in_one_line(parser, error)}; see mirl {name} --help") from error
     values.pop("config", None)
     function(**values)
+
+
+def _in_one_line(parser: Any, error: Exception) -> str:
+    """Say what the parser says, without its paragraphs and its names of types."""
+    text = " ".join(str(error).split())
+    wrong = re.match(r'Parser key "(\w+)": .*(?:Given|Got) value: (.*)', text)
+    if not wrong:
+        return text.removeprefix('Parser key "config": ')
+    key, value = wrong.groups()
+    hint = next(action._typehint for action in parser._actions if action.dest == key)
+    return f"--{key} {value} is not allowed; give {_in_words(hint)}"
+
+
+def _in_words(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " or ".join(map(str, get_args(hint)))
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(_in_words(part) for part in get_args(hint) if part is not NoneType)
+    words: dict[Any, str] = {
+        int: "a whole number", float: "a number", str: "text", bool: "true or false",
+        list[int]: "a list such as [4,12]", tuple[int, int]: "[height,width]",
+    }  # fmt: skip
+    return words.get(hint, str(hint))
 
 
 def _spell_out_switches(parser: Any, arguments: Sequence[str]) -> list[str]:

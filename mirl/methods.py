@@ -80,7 +80,7 @@ def mirl(
     Paper: Eq. (5)-(8), Table 2b.
     """
     if taps is None:
-        taps = _equal_taps(depth, segments or default_segments(depth))
+        taps = _equal_taps(depth, default_segments(depth) if segments is None else segments)
     elif segments not in (None, len(taps)):
         raise UserError(f"{len(taps)} taps were given for {segments} segments; give one of the two")
     elif list(taps)[-1:] != [depth]:

@@ -75,9 +75,20 @@ def step_cost(model: Autoencoder, mask_ratio: float) -> StepCost:
     return StepCost(encoder, forward - encoder, both)
 
 
-def millions(module: nn.Module) -> float:
-    """Return the number of a module's parameters in millions."""
-    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
+def parameter_count(module: nn.Module) -> int:
+    """Return the number of a module's parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What `mirl info` prints: parameters in numbers, multiply-adds of one image."""
+
+    parameters: int
+    parameters_with_head: int
+    encoder: Cost
+    pretraining_parameters: int
+    step: StepCost
 
 
 def info(
@@ -89,8 +100,8 @@ def info(
     channels: int = 3,
     mask_ratio: float = 0.75,
     classes: int = 1000,
-) -> None:
-    """Print a model's parameters and cost, as an encoder and in pre-training.
+) -> ModelCost:
+    """Print a model's parameters and cost, as an encoder and in pre-training, and return them.
 
     Args:
         model: vit_{ti,s,b,l}_DEPTH, e.g. vit_s_54
@@ -101,38 +112,34 @@ def info(
         channels: of the images
         mask_ratio: share of patches masked in pre-training
         classes: of the classification head that is counted with the encoder
+
+    Paper: Table 3 (parameters, FLOPs).
     """
     settings = Resolved(
         model=model, method=method, segments=segments, image_size=pair(image_size),
         patch_size=pair(patch_size or default_patch(image_size)), channels=channels, mask_ratio=mask_ratio,
     )  # fmt: skip
-    shape, chosen = decoder_shape(settings, method_of(settings)), method_of(settings)
+    chosen = method_of(settings)
+    shape = decoder_shape(settings, chosen)
     with torch.device("meta"):
         autoencoder = build_autoencoder(
             model, chosen, shape, image_size=settings.image_size, patch_size=settings.patch_size, channels=channels
         )
-        step, parameters = step_cost(autoencoder, mask_ratio), millions(autoencoder)
-        encoder = autoencoder.encoder
-        headless = millions(encoder)
+        encoder, step = autoencoder.encoder, step_cost(autoencoder, mask_ratio)
+        parameters, trained = parameter_count(encoder), parameter_count(autoencoder)
         encoder.reset_classifier(classes)
-        whole = encoder_cost(encoder, settings.image_size, channels)
+        cost = ModelCost(
+            parameters, parameter_count(encoder), encoder_cost(encoder, settings.image_size, channels), trained, step
+        )
     width, heads, depth = parse_model(model)
     (height, across), patch = settings.image_size, settings.patch_size
-    print(
-        f"{model}: {depth} blocks, width {width}, {heads} heads, {height}x{across} px, patches of {patch[0]}x{patch[1]}"
-    )
-    print(f"  encoder      {headless:7.1f} M parameters; {millions(encoder):.1f} M with a {classes}-class head")
-    print(
-        f"  forward      {whole.linear / 1e9:7.1f} G multiply-adds an image; "
-        f"{whole.total / 1e9:.1f} G with attention products"
-    )
-    print(
-        f"pre-training: {method}, {len(chosen.taps)} decoders of {shape.depth} blocks, width {shape.width}, "
-        f"{mask_ratio:.0%} masked"
-    )
-    print(f"  parameters   {parameters:7.1f} M")
-    print(
-        f"  forward      {step.encoder.total / 1e9:7.1f} G an image in the encoder, "
-        f"{step.decoders.total / 1e9:.1f} G in the decoders"
-    )
-    print(f"  step         {step.forward_and_backward.total / 1e9:7.1f} G an image, forward and backward")
+    million, giga = (lambda n: f"{n / 1e6:.1f} M"), (lambda n: f"{n / 1e9:.2f} G")
+    print(f"""\
+{model}: {depth} blocks, width {width}, {heads} heads, {height}x{across} px, patches of {patch[0]}x{patch[1]}
+  parameters   {million(cost.parameters)}; {million(cost.parameters_with_head)} with a {classes}-class head
+  forward      {giga(cost.encoder.linear)} multiply-adds an image; {giga(cost.encoder.total)} with attention products
+pre-training: {method}, {len(chosen.taps)} decoders of {shape.depth} blocks, width {shape.width}, {mask_ratio:.0%} masked
+  parameters   {million(cost.pretraining_parameters)}
+  forward      {giga(step.encoder.total)} an image in the encoder, {giga(step.decoders.total)} in the decoders
+  step         {giga(step.forward_and_backward.total)} an image, forward and backward""")
+    return cost

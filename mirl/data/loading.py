@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -177,7 +178,7 @@ def load(
     dataset: MaskedImages, batches: Sampler[list[Key]] | list[list[Key]], *, workers: int, pin: bool
 ) -> DataLoader[Batch]:
     """Read `batches` of keys with `workers` processes (0: in this one)."""
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
@@ -186,6 +187,19 @@ def load(
         worker_init_fn=_leave_interrupts_to_parent,
         prefetch_factor=4 if workers else None,
     )
+
+
+class _Loader(DataLoader[Batch]):
+    def __iter__(self) -> Any:
+        return _one_line_errors(super().__iter__())
+
+
+def _one_line_errors(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Pass `batches` on; a UserError from a data worker arrives with the text of its traceback and loses it here."""
+    try:
+        yield from batches
+    except UserError as error:
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")) from error
 
 
 def _leave_interrupts_to_parent(_: int) -> None:

@@ -151,13 +151,13 @@ class Resolved(Pretraining):
     model: str = ""
     image_size: tuple[int, int] = (0, 0)
     patch_size: tuple[int, int] = (0, 0)
-    epochs: int = 0
-    batch_size: int = 0
-    micro_batch: int = 0
+    epochs: int = 1
+    batch_size: int = 1
+    micro_batch: int = 1
     warmup_epochs: float = 0
     precision: Literal["32", "bf16", "16"] = "32"
     workers: int = 0
-    evaluate_epochs: int = 0
+    evaluate_epochs: int = 1
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:

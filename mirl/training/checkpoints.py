@@ -64,6 +64,8 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
         ) from error
     for old in saved_steps(folder)[KEEP:]:
         checkpoint_path(folder, old).unlink(missing_ok=True)
+    for cut_short in folder.glob("*.tmp"):  # by a kill while saving
+        cut_short.unlink(missing_ok=True)
     return path
 
 
@@ -82,7 +84,8 @@ def load_newest(folder: Path, say: Callable[[str], None]) -> dict[str, Any] | No
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             return state
         except Exception as error:  # a damaged file can raise nearly anything
-            say(f"checkpoint {path} cannot be read ({str(error).splitlines()[0][:100]}); trying the one before")
+            reason = f"{type(error).__name__} {error}".splitlines()[0][:100]
+            say(f"checkpoint {path} cannot be read ({reason.strip()}); trying the one before")
     if steps:
         raise UserError(f"none of the {len(steps)} checkpoints in {folder} can be read; start again with --overwrite")
     return None

@@ -219,7 +219,7 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             means, norm = accumulator.step(chunks)
-            finite = math.isfinite(norm)
+            finite = is_finite(means, norm)
             progress.step += 1
             in_a_row = 0 if finite else in_a_row + 1
             if not finite:
@@ -265,7 +265,7 @@ class Accumulator:
             self.fabric.clip_gradients(self.model, self.optimizer, max_norm=self.clip, error_if_nonfinite=False)
         )
         # The fp16 loss scaler must see an overflow to lower its scale; it skips the update itself.
-        if math.isfinite(norm) or self.fabric.strategy.precision.state_dict():
+        if is_finite(means, norm) or self.fabric.strategy.precision.state_dict():
             self.optimizer.step()
         self.optimizer.zero_grad()
         return means, norm
@@ -302,6 +302,11 @@ class Accumulator:
                 finite = self.task.loss(self.model, piece.to(self.fabric.device))["loss"].isfinite().tolist()
                 names += [name for name, good in zip(self.task.names(piece), finite, strict=True) if not good]
         return names
+
+
+def is_finite(means: dict[str, float], norm: float) -> bool:
+    """Tell whether a step may be taken: a loss can overflow where its gradient does not, and the other way round."""
+    return math.isfinite(means["loss"]) and math.isfinite(norm)
 
 
 def report_skipped(fabric: Fabric, run: RunFolder, progress: Progress, culprits: list[str], in_a_row: int) -> None:

@@ -19,7 +19,7 @@ ENTRIES = (
     *("config.yaml", "log.txt", "metrics.jsonl", "tensorboard", "checkpoints", "encoder", "autoencoder.safetensors"),
     "pictures",
 )
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, emoji=False)  # "shapes:100" is not an emoji
 
 
 class RunFolder:
@@ -52,7 +52,9 @@ class RunFolder:
         try:
             content = [] if not self.path.exists() else [entry.name for entry in self.path.iterdir()]
             is_run = "config.yaml" in content
-            if content and not is_run:
+            # A run that stopped before its first step left no more than this; it may simply be started again.
+            never_began = set(content) <= {"log.txt", "pictures"} and not any(self.pictures.glob("*"))
+            if not (is_run or never_began):
                 raise UserError(f"{self.path} is not empty and not a run folder; choose another --out")
             if resume and not is_run:
                 raise UserError(f"{self.path} holds no run to resume; leave out --resume to start one")
@@ -113,7 +115,8 @@ class RunFolder:
             except json.JSONDecodeError:
                 continue
         with atomic(self._metrics) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+            # A run that starts again evaluates again before its first step.
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if step and row["step"] <= step))
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

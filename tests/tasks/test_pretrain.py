@@ -1,0 +1,125 @@
+"""A run writes what it promises, learns, repeats itself, and leaves an encoder that timm opens."""
+
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from conftest import assert_same_run, command, finish, losses, rows, weights
+from PIL import Image
+from torch import nn
+
+import mirl
+from mirl.cli import main
+from mirl.data.transforms import normalise
+from mirl.models.autoencoder import build_autoencoder
+from mirl.models.masking import split
+from mirl.models.patches import patchify
+from mirl.objectives.pixels import pixel_target
+from mirl.tasks.pretrain import decoder_shape, method_of
+from mirl.tasks.settings import Resolved
+
+
+@pytest.fixture
+def run(tiny, tmp_path):
+    return mirl.pretrain(**tiny, out=str(tmp_path / "run"))
+
+
+def autoencoder(run):
+    """Build the run's autoencoder from its files alone."""
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    settings = Resolved(**saved)
+    model = build_autoencoder(
+        settings.model, method_of(settings), decoder_shape(settings, method_of(settings)),
+        image_size=tuple(settings.image_size), patch_size=tuple(settings.patch_size), channels=settings.channels,
+    )  # fmt: skip
+    model.load_state_dict(weights(run))
+    return model.eval()
+
+
+def test_a_run_leaves_every_file(run):
+    names = {path.name for path in run.iterdir()}
+    assert names == {"config.yaml", "log.txt", "metrics.jsonl", "tensorboard", "checkpoints", "encoder",
+                     "autoencoder.safetensors", "pictures"}  # fmt: skip
+    assert {path.name for path in (run / "encoder").iterdir()} == {"config.json", "model.safetensors"}
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000012.pt"]
+    assert next((run / "tensorboard").iterdir()).stat().st_size > 0
+    log = (run / "log.txt").read_text()
+    for part in ("98 images to train on, 2 held out", "2 epochs of 6 steps", "batch 16", "data      shapes:100:"):
+        assert part in log
+
+
+def test_pictures_show_the_held_out_images_as_often_as_they_are_evaluated(run):
+    assert sorted(path.stem for path in (run / "pictures").iterdir()) == [f"step_{k:08d}" for k in (0, 6, 12)]
+    for path in (run / "pictures").iterdir():
+        with Image.open(path) as picture:
+            assert np.asarray(picture).std() > 1 and picture.width > picture.height  # 5 columns, 2 rows
+
+
+def test_every_step_is_recorded_with_finite_numbers(run):
+    assert [row["step"] for row in rows(run)] == list(range(1, 13))
+    assert [row["step"] for row in rows(run, "held_out")] == [0, 6, 12]
+    for row in rows(run):
+        assert {"loss", "lr", "grad_norm", "seconds", "data_wait", "epoch"} <= row.keys()
+        assert all(math.isfinite(value) for name, value in row.items() if name != "kind")
+
+
+@pytest.mark.parametrize("method", ["mirl", "mae"])
+def test_one_batch_is_overfitted(tiny, tmp_path, method):
+    options = tiny | {"data": "shapes:17", "epochs": 60, "base_lr": 3e-2, "min_crop": 1.0, "flip": False,
+                      "warmup_epochs": 5, "evaluate_epochs": 60, "method": method}  # fmt: skip
+    row = rows(mirl.pretrain(**options, out=str(tmp_path / "run")))
+    assert len(row) == 60
+    assert row[-1]["loss"] < 0.6 * row[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {},
+        {"method": "mae"},
+        {"segments": 1},
+        {"segments": 4},
+        {"taps": [1, 4]},
+        {"image_size": (32, 48), "patch_size": (8, 4)},
+        {"channels": 1, "data": "npy", "image_size": (24, 16)},
+        {"channels": 5, "data": "npy"},
+        {"context": "none", "target": "raw", "did_blocks": "all", "weight_norm": True, "schedule": "cosine"},
+        {"did_memory": "embedded", "mask_ratio": 0.5, "clip_grad": 1.0, "micro_batch": 5},
+    ],
+    ids=str,
+)
+def test_timm_opens_the_encoder_with_the_features_of_the_autoencoder(tiny, tmp_path, case):
+    options = tiny | {"epochs": 1} | case
+    if case.get("data") == "npy":
+        options["data"] = str(tmp_path / "arrays")
+        (tmp_path / "arrays").mkdir()
+        for index in range(34):
+            array = np.random.default_rng(index).integers(0, 256, (20, 30, case["channels"]), dtype=np.uint8)
+            np.save(tmp_path / "arrays" / f"{index}.npy", array)
+    run = mirl.pretrain(**options, out=str(tmp_path / "run"))
+    model = autoencoder(run)
+    encoder = timm.create_model(f"local-dir:{run / 'encoder'}", pretrained=True).eval()
+    size = (model.encoder.in_chans, *model.image_size)
+    assert encoder.pretrained_cfg["input_size"] == size
+    images = torch.randn(2, *size)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(images), model.encoder(images), atol=1e-6, rtol=0)
+        assert encoder(images).shape == (2, 192)
+    untrained = timm.create_model(f"local-dir:{run / 'encoder'}", pretrained=False)
+    assert not torch.equal(untrained.blocks[0].attn.qkv.weight, encoder.blocks[0].attn.qkv.weight)
+
+
+def test_the_saved_autoencoder_has_the_recorded_loss(run, tiny):
+    """Rebuild the model and the last held-out evaluation from what is on disk."""
+    from mirl.tasks.pretrain import PretrainTask, split_off_held_out
+
+    settings = Resolved(**yaml.safe_load((run / "config.yaml").read_text()))
+    source = mirl.data.sources.open_source(settings.data)
+    task = PretrainTask(settings, source, split_off_held_out(len(source))[1])
+    batch = mirl.data.loading.collate([task.held_out[0, i] for i in range(len(task.held_out))])
+    with torch.no_grad():
+        loss = task.loss(autoencoder(run), batch)["loss"].mean().item()
+    assert loss == pytest.approx(rows(run, "held_out")[-1]["loss"], rel=1e-5)

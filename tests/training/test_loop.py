@@ -1,0 +1,179 @@
+"""One optimizer step is the same however it is cut up, and survives what goes wrong in it."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mirl.data.loading import Batch
+from mirl.errors import UserError
+from mirl.training import loop
+from mirl.training.checkpoints import saved_steps
+from mirl.training.runs import RunFolder
+
+BATCH = 12
+
+
+class Regression:
+    """A small task: predict the mean of an image. Losses of `broken` images are NaN; more than `fits` is too much."""
+
+    def __init__(self, broken=(), fits=1000):
+        self.broken, self.fits, self.sizes = torch.tensor(list(broken)), fits, []
+
+    def loss(self, model, batch):
+        self.sizes.append(len(batch))
+        if len(batch) > self.fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        pixels = batch.images.flatten(1).float() / 255
+        loss = (model(pixels)[:, 0] - pixels.mean(1)).square()
+        return {"loss": torch.where(torch.isin(batch.indices, self.broken), torch.nan, loss), "double": 2 * loss}
+
+    def draw(self, run, step, epoch):
+        pass
+
+    def names(self, batch):
+        return [f"image_{int(index)}.png" for index in batch.indices]
+
+    def example(self, size):
+        return chunk(range(size))
+
+
+class Unstable(Regression):
+    """Its loss is infinite once the model was trained for a step."""
+
+    def loss(self, model, batch):
+        values = super().loss(model, batch)
+        return values | {"loss": values["loss"] * (math.inf if model.training and self.trained(model) else 1)}
+
+    def trained(self, model):
+        return not torch.equal(next(model.parameters()).detach(), network()[0].weight)
+
+
+def chunk(indices):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (1000, 1, 4, 4), dtype=torch.uint8, generator=generator)
+    indices = torch.tensor(list(indices))
+    return Batch(images[indices], indices[:, None], indices[:, None], indices)
+
+
+def network():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 1))
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = RunFolder(tmp_path / "run", resume=False, overwrite=False)
+    yield folder
+    folder.close()
+
+
+def train(run, task, *, steps=2, micro_batch=BATCH, batches=None, clip_grad=None, checkpoint_seconds=1e9):
+    """Run the loop for `steps` and return the weights, the progress and the rows of the training steps."""
+    if batches is None:
+        batches = [chunk(range(k, k + micro_batch)) for k in range(0, steps * BATCH, micro_batch)]
+    model, progress = network(), loop.Progress()
+    plan = loop.Plan(
+        steps=steps, steps_per_epoch=steps, batch_size=BATCH, micro_batches=math.ceil(BATCH / micro_batch),
+        rate=lambda _: 0.1, clip_grad=clip_grad, evaluate_every=1000, checkpoint_seconds=checkpoint_seconds,
+        samples=1000, max_bad=0.1,
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters())
+    fabric = loop.launch("auto", 1, "32")
+    loop.fit(fabric, task, model, optimizer, run, plan, progress, batches, [chunk(range(900, 904))])
+    rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    return model.state_dict(), progress, [row for row in rows if row["kind"] == "train"]
+
+
+def log(run):
+    return (run.path / "log.txt").read_text()
+
+
+def assert_close(left, right):
+    for name, value in left.items():
+        torch.testing.assert_close(value, right[name], atol=1e-6, rtol=1e-6)
+        assert not torch.equal(value, network().state_dict()[name]), f"{name} was not trained"
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """Weights and rows of two steps, each over the whole batch at once."""
+    folder = RunFolder(tmp_path / "whole", resume=False, overwrite=False)
+    weights, _, rows = train(folder, Regression())
+    folder.close()
+    return weights, rows
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4, 5])  # 5: the last piece is smaller
+def test_micro_batches_add_up_to_the_batch(run, whole, micro_batch):
+    batches = None
+    if micro_batch == 5:
+        batches = [chunk(r) for k in (0, BATCH) for r in (range(k, k + 5), range(k + 5, k + 10), range(k + 10, k + 12))]
+    weights, _, rows = train(run, Regression(), micro_batch=micro_batch, batches=batches)
+    assert_close(weights, whole[0])
+    for row, expected in zip(rows, whole[1], strict=True):
+        for name in ("loss", "double", "grad_norm", "lr"):
+            assert row[name] == pytest.approx(expected[name], rel=1e-5)
+
+
+def test_short_memory_halves_the_piece_and_not_the_result(run, whole):
+    task = Regression(fits=4)
+    weights, _, rows = train(run, task)
+    assert_close(weights, whole[0])
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in whole[1]], rel=1e-5)
+    assert task.sizes[1:] == [12, 6, 3, 3, 3, 3, 3, 3, 3, 3, 4]  # the found size is kept; 4: held-out images
+    assert "out of GPU memory with 12 images at once; going on with 6" in log(run)
+
+
+def test_no_memory_for_one_image_is_a_user_error(run):
+    class Full(Regression):
+        def loss(self, model, batch):
+            if model.training:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().loss(model, batch)
+
+    with pytest.raises(UserError, match="with 1 images at once; try a smaller model or image"):
+        train(run, Full())
+
+
+def test_a_non_finite_loss_skips_the_step_and_names_the_image(run):
+    batches = [chunk(range(12)), chunk(range(12, 24)), chunk(range(24, 36))]
+    weights, progress, rows = train(run, Regression(broken=[17]), steps=3, batches=batches)
+    assert progress.skipped == 1
+    assert "step 2 skipped: the loss of image_17.png is not finite (1 skipped so far)" in log(run)
+    assert [math.isfinite(row["loss"]) for row in rows] == [True, False, True]
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_a_skipped_step_changes_nothing(run, tmp_path):
+    bad_last = [chunk(range(12)), chunk(range(12, 24))]
+    weights, _, _ = train(run, Regression(broken=[17]), batches=bad_last)
+    one = RunFolder(tmp_path / "one", resume=False, overwrite=False)
+    expected, _, _ = train(one, Regression(), steps=1)
+    one.close()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_five_skipped_in_a_row_stop_with_advice_and_the_last_checkpoint_stays(run):
+    with pytest.raises(UserError, match=r"5 steps in a row .*--clip_grad 1.*--base_lr.*--precision 32"):
+        train(run, Unstable(), steps=20, checkpoint_seconds=0)
+    newest = saved_steps(run.checkpoints)[0]
+    state = torch.load(loop.checkpoints.checkpoint_path(run.checkpoints, newest), weights_only=True)
+    assert all(value.isfinite().all() for value in state["model"].values())
+    assert log(run).count("skipped: ") == 5
+
+
+def test_the_gradient_is_clipped_and_its_true_norm_recorded(run, whole):
+    weights, _, rows = train(run, Regression(), clip_grad=1e-12, steps=1)
+    assert rows[0]["grad_norm"] == pytest.approx(whole[1][0]["grad_norm"], rel=1e-5)
+    # Adam divides by the gradient's size plus 1e-8: what is far below that hardly moves (AdamW's decay aside).
+    moved = (weights["0.weight"] - network()[0].weight * (1 - 0.1 * 0.01)).abs().max()
+    assert moved < 1e-4
+
+
+def test_too_many_processes_are_a_user_error():
+    with pytest.raises(UserError, match="--devices 0"):
+        loop.launch(0, 1, "32")
