@@ -4,7 +4,10 @@ Order is a function of (seed, epoch); crop, flip and mask are functions of (seed
 worker. So neither the number of workers nor of processes nor an interruption changes what a run sees.
 """
 
+import os
 import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -184,7 +187,7 @@ def load(
         num_workers=workers,
         collate_fn=collate,
         pin_memory=pin,
-        worker_init_fn=_leave_interrupts_to_parent,
+        worker_init_fn=_leave_signals_to_parent,
         prefetch_factor=4 if workers else None,
     )
 
@@ -199,8 +202,19 @@ def _one_line_errors(batches: Iterator[Batch]) -> Iterator[Batch]:
     try:
         yield from batches
     except UserError as error:
-        raise UserError(str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")) from error
+        last = str(error).strip().splitlines()[-1]
+        raise UserError(last.removeprefix(f"{UserError.__module__}.UserError: ")) from error
 
 
-def _leave_interrupts_to_parent(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent saves and stops
+def _leave_signals_to_parent(_: int) -> None:
+    """Outlive Ctrl-C, `timeout` and Slurm, which signal every process: the parent saves, then ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told_by(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -59,15 +59,16 @@ def pretrain(**options: Any) -> Path:
     source = open_source(settings.data, channels=settings.channels, download=settings.download)
     training, held_out = split_off_held_out(len(source))
     fabric = loop.launch(settings.devices, settings.num_nodes, precision)
-    settings = resolve(
-        settings, images=len(training), shorter_side=typical_side(source), gpu=fabric.device.type == "cuda",
-        devices=fabric.world_size, precision=precision,
-    )  # fmt: skip
-    torch.manual_seed(settings.seed)
-    task = PretrainTask(settings, source, held_out)
-    run = RunFolder(
-        settings.run_folder, resume=settings.resume, overwrite=settings.overwrite, writes=fabric.is_global_zero
-    )
+    with loop.as_one(fabric):
+        settings = resolve(
+            settings, images=len(training), shorter_side=typical_side(source), gpu=fabric.device.type == "cuda",
+            devices=fabric.world_size, precision=precision,
+        )  # fmt: skip
+        torch.manual_seed(settings.seed)
+        task = PretrainTask(settings, source, held_out)
+        run = RunFolder(
+            settings.run_folder, resume=settings.resume, overwrite=settings.overwrite, writes=fabric.is_global_zero
+        )
     try:
         micro_batch, seconds = loop.probe(fabric, task, task.autoencoder, settings.micro_batch, run)
         settings = replace(settings, micro_batch=micro_batch)

@@ -216,8 +216,8 @@ def resolve(
     choices = {
         "out": str(given.run_folder),
         "model": given.model or ("vit_s_54" if gpu and images >= 50_000 else "vit_ti_12"),
-        "image_size": pair(given.image_size or size),
-        "patch_size": pair(given.patch_size or patch),
+        "image_size": pair(size if given.image_size is None else given.image_size),
+        "patch_size": pair(patch if given.patch_size is None else given.patch_size),
         "epochs": epochs,
         "batch_size": batch,
         "micro_batch": min(given.micro_batch or (batch if gpu else 64), batch // devices),

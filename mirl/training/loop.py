@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from mirl.data.loading import Batch
@@ -96,11 +97,38 @@ def launch(devices: str | int, num_nodes: int, precision: Precision) -> Fabric:
         count = devices if devices != "auto" or torch.cuda.is_available() else 1
         fabric = Fabric(devices=count, num_nodes=num_nodes, precision=names[precision])
         fabric.launch()
-    except (ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
         raise UserError(
             f"cannot use --devices {devices} --num_nodes {num_nodes}: {str(error).splitlines()[0]}"
         ) from error
     return fabric
+
+
+@contextmanager
+def as_one(fabric: Fabric) -> Iterator[None]:
+    """Let a UserError of any process end all: the first process raises it, so that it is said once, the others leave.
+
+    Without it the others would wait for one that stopped.
+    """
+    mine = ""
+    try:
+        yield
+    except UserError as error:
+        mine = str(error)
+        if fabric.world_size == 1:
+            raise
+    if told := next(filter(None, from_all(fabric, mine)), ""):
+        if fabric.is_global_zero:
+            raise UserError(told)
+        raise SystemExit(0)  # another code would make Fabric kill the first process before it has said what is wrong
+
+
+def from_all(fabric: Fabric, value: Any) -> list[Any]:
+    """Collect every process's `value`."""
+    values = [value] * fabric.world_size
+    if fabric.world_size > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def over_processes(fabric: Fabric, values: Tensor, operation: Literal["mean", "sum", "min", "max"]) -> Tensor:
@@ -157,16 +185,16 @@ def save(
     fabric: Fabric, run: RunFolder, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
 ) -> None:
     """Write a checkpoint from the first process."""
-    if fabric.is_global_zero:
-        state = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "precision": fabric.strategy.precision.state_dict(),
-            "skipped": progress.skipped,
-            "bad": progress.bad,
-        }
-        checkpoints.save(run.checkpoints, progress.step, state)
-    fabric.barrier()
+    with as_one(fabric):
+        if fabric.is_global_zero:
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "precision": fabric.strategy.precision.state_dict(),
+                "skipped": progress.skipped,
+                "bad": progress.bad,
+            }
+            checkpoints.save(run.checkpoints, progress.step, state)
 
 
 def restore(fabric: Fabric, run: RunFolder, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
@@ -175,18 +203,19 @@ def restore(fabric: Fabric, run: RunFolder, model: nn.Module, optimizer: torch.o
     Raises:
         UserError: if the checkpoint is of another model.
     """
-    state = checkpoints.load_newest(run.checkpoints, run.say)
-    if state is None:
-        run.say("no checkpoint was written yet; starting at step 0")
-        return Progress()
-    try:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(
-            f"the checkpoint of step {state['step']} in {run.checkpoints} is of another model "
-            f"({' '.join(str(error).split())[:160]}); give the --model and sizes it was made with, or another --out"
-        ) from error
+    with as_one(fabric):
+        state = checkpoints.load_newest(run.checkpoints, run.say)
+        if state is None:
+            run.say("no checkpoint was written yet; starting at step 0")
+            return Progress()
+        try:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(
+                f"the checkpoint of step {state['step']} in {run.checkpoints} is of another model "
+                f"({' '.join(str(error).split())[:160]}); give the --model and sizes it was made with, or another --out"
+            ) from error
     fabric.strategy.precision.load_state_dict(state["precision"])
     return Progress(state["step"], state["skipped"], state["bad"])
 
@@ -224,8 +253,10 @@ def fit(
             in_a_row = 0 if finite else in_a_row + 1
             if not finite:
                 progress.skipped += 1
-                report_skipped(fabric, run, progress, accumulator.culprits(chunks), in_a_row)
-            report_bad(run, plan, progress, chunks)
+                culprits = [name for names in from_all(fabric, accumulator.culprits(chunks)) for name in names]
+                with as_one(fabric):
+                    report_skipped(fabric, run, progress, culprits, in_a_row)
+            report_bad(run, plan, progress, (file for chunk in chunks for file in chunk.bad))
             row = {"kind": "train", "step": progress.step, "epoch": progress.step / plan.steps_per_epoch, **means}
             row |= {"lr": rate, "grad_norm": norm, "seconds": time.monotonic() - began, "data_wait": waited}
             run.record(row)
@@ -261,9 +292,9 @@ class Accumulator:
                 break
             except torch.OutOfMemoryError as error:
                 self._halve(len(chunks[0]), error)
-        norm = float(
-            self.fabric.clip_gradients(self.model, self.optimizer, max_norm=self.clip, error_if_nonfinite=False)
-        )
+        total = self.fabric.clip_gradients(self.model, self.optimizer, max_norm=self.clip, error_if_nonfinite=False)
+        assert total is not None
+        norm = float(total)
         # The fp16 loss scaler must see an overflow to lower its scale; it skips the update itself.
         if is_finite(means, norm) or self.fabric.strategy.precision.state_dict():
             self.optimizer.step()
@@ -322,9 +353,9 @@ def report_skipped(fabric: Fabric, run: RunFolder, progress: Progress, culprits:
         )
 
 
-def report_bad(run: RunFolder, plan: Plan, progress: Progress, chunks: list[Batch]) -> None:
-    """Name unusable files once each; stop when they are more than the budget."""
-    fresh = {name: reason for chunk in chunks for name, reason in chunk.bad if name not in progress.bad}
+def report_bad(run: RunFolder, plan: Plan, progress: Progress, files: Iterable[tuple[str, str]]) -> None:
+    """Name unusable files, given as (name, reason), once each; stop when they are more than the budget."""
+    fresh = {name: reason for name, reason in files if name not in progress.bad}
     progress.bad |= fresh
     for name, reason in fresh.items():
         run.note(f"skipped {name}: {reason}")
@@ -351,12 +382,14 @@ def evaluate(
     sums: dict[str, Tensor] = {}
     count = torch.zeros((), device=fabric.device)
     for batch in held_out:
-        report_bad(run, plan, progress, [batch])
+        report_bad(run, plan, progress, batch.bad)
         with fabric.autocast():
             values = task.loss(model, batch.to(fabric.device))
         for name, value in values.items():
             sums[name] = sums.get(name, 0) + value.sum()
         count += len(batch)
+    with as_one(fabric):  # only the first process writes a log, and each reads other files
+        report_bad(run, plan, progress, (file for bad in from_all(fabric, progress.bad) for file in bad.items()))
     totals = over_processes(fabric, torch.stack([*sums.values(), count]), "sum")
     means = dict(zip(sums, (totals[:-1] / totals[-1]).tolist(), strict=True))
     epoch = progress.step / plan.steps_per_epoch

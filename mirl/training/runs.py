@@ -51,7 +51,7 @@ class RunFolder:
             raise UserError("--resume and --overwrite were both given; choose one")
         try:
             content = [] if not self.path.exists() else [entry.name for entry in self.path.iterdir()]
-            is_run = "config.yaml" in content
+            is_run = {"config.yaml", "log.txt"} <= set(content)  # many folders have a config.yaml; they are not ours
             # A run that stopped before its first step left no more than this; it may simply be started again.
             never_began = set(content) <= {"log.txt", "pictures"} and not any(self.pictures.glob("*"))
             if not (is_run or never_began):
@@ -62,7 +62,7 @@ class RunFolder:
                 raise UserError(
                     f"{self.path} holds a run; add --resume to go on, --overwrite to start again, or another --out"
                 )
-            if overwrite:
+            if overwrite and is_run:
                 for name in ENTRIES:
                     entry = self.path / name
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)

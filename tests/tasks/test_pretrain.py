@@ -1,30 +1,34 @@
 """A run writes what it promises, learns, repeats itself, and leaves an encoder that timm opens."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
 import timm
 import torch
 import yaml
-from conftest import assert_same_run, command, finish, losses, rows, weights
 from PIL import Image
-from torch import nn
+from tiny_runs import assert_same_run, losses, rows, weights
 
 import mirl
 from mirl.cli import main
-from mirl.data.transforms import normalise
+from mirl.data.loading import collate
+from mirl.data.sources import open_source
 from mirl.models.autoencoder import build_autoencoder
-from mirl.models.masking import split
-from mirl.models.patches import patchify
-from mirl.objectives.pixels import pixel_target
-from mirl.tasks.pretrain import decoder_shape, method_of
+from mirl.tasks.pretrain import PretrainTask, decoder_shape, method_of, split_off_held_out
 from mirl.tasks.settings import Resolved
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("shared") / "run"
+
+
 @pytest.fixture
-def run(tiny, tmp_path):
-    return mirl.pretrain(**tiny, out=str(tmp_path / "run"))
+def run(tiny, folder):
+    """A finished run; made once, not to be changed."""
+    return folder if folder.exists() else mirl.pretrain(**tiny, out=str(folder))
 
 
 def autoencoder(run):
@@ -112,14 +116,34 @@ def test_timm_opens_the_encoder_with_the_features_of_the_autoencoder(tiny, tmp_p
     assert not torch.equal(untrained.blocks[0].attn.qkv.weight, encoder.blocks[0].attn.qkv.weight)
 
 
-def test_the_saved_autoencoder_has_the_recorded_loss(run, tiny):
+def test_the_saved_autoencoder_has_the_recorded_loss(run):
     """Rebuild the model and the last held-out evaluation from what is on disk."""
-    from mirl.tasks.pretrain import PretrainTask, split_off_held_out
-
     settings = Resolved(**yaml.safe_load((run / "config.yaml").read_text()))
-    source = mirl.data.sources.open_source(settings.data)
+    source = open_source(settings.data)
     task = PretrainTask(settings, source, split_off_held_out(len(source))[1])
-    batch = mirl.data.loading.collate([task.held_out[0, i] for i in range(len(task.held_out))])
+    batch = collate([task.held_out[0, i] for i in range(len(task.held_out))])
     with torch.no_grad():
         loss = task.loss(autoencoder(run), batch)["loss"].mean().item()
     assert loss == pytest.approx(rows(run, "held_out")[-1]["loss"], rel=1e-5)
+
+
+def test_config_yaml_runs_again_to_the_same_weights(run, tmp_path):
+    again = tmp_path / "again"
+    assert main(["pretrain", "--config", str(run / "config.yaml"), "--out", str(again)]) == 0
+    assert_same_run(run, again)
+
+
+def test_workers_and_where_it_runs_do_not_change_a_run(run, tiny, tmp_path):
+    assert_same_run(run, mirl.pretrain(**tiny | {"workers": 1}, out=str(tmp_path / "another")))
+
+
+def test_another_seed_is_another_run(run, tiny, tmp_path):
+    assert losses(run) != losses(mirl.pretrain(**tiny, seed=1, out=str(tmp_path / "another")))
+
+
+def test_overwrite_starts_again(run, tiny, tmp_path):
+    run, before = shutil.copytree(run, tmp_path / "copy"), losses(run)
+    (run / "pictures" / "step_00000099.png").write_bytes(b"of the old run")
+    mirl.pretrain(**tiny, out=str(run), overwrite=True)
+    assert losses(run) == before
+    assert not (run / "pictures" / "step_00000099.png").exists()

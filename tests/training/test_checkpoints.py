@@ -52,7 +52,7 @@ def test_code_in_a_checkpoint_is_not_run(three):
 def test_none_readable_is_an_error(three):
     for step in saved_steps(three):
         checkpoint_path(three, step).write_bytes(b"not a checkpoint")
-    with pytest.raises(UserError, match="none of the 2 checkpoints.*--overwrite"):
+    with pytest.raises(UserError, match=r"none of the 2 checkpoints.*--overwrite"):
         load_newest(three, lambda _: None)
 
 
@@ -78,5 +78,5 @@ def test_what_a_kill_left_is_cleared_by_the_next_save(three):
 
 def test_an_unwritable_place_is_a_user_error(tmp_path):
     (tmp_path / "checkpoints").write_text("a file in the way")
-    with pytest.raises(UserError, match="cannot save .*no checkpoint exists yet"):
+    with pytest.raises(UserError, match=r"cannot save .*no checkpoint exists yet"):
         save(tmp_path / "checkpoints", 1, state(1))

@@ -128,6 +128,12 @@ def test_short_memory_halves_the_piece_and_not_the_result(run, whole):
     assert "out of GPU memory with 12 images at once; going on with 6" in log(run)
 
 
+def test_what_a_step_added_up_before_memory_ran_out_does_not_count(run, whole):
+    ranges = [range(k, k + n) for first in (0, BATCH) for k, n in ((first, 3), (first + 3, 9))]
+    weights, _, _ = train(run, Regression(fits=4), micro_batch=6, batches=[chunk(r) for r in ranges])
+    assert_close(weights, whole[0])
+
+
 def test_no_memory_for_one_image_is_a_user_error(run):
     class Full(Regression):
         def loss(self, model, batch):

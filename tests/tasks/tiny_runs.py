@@ -80,6 +80,7 @@ def wait_for_rows(folder, count, alive=lambda: True):
 
 def interrupted(options, *, after, number=signal.SIGINT):
     """Run in this process and send it a signal after so many steps; return the exception."""
+
     def send():
         wait_for_rows(options["out"], after)
         os.kill(os.getpid(), number)
@@ -90,9 +91,3 @@ def interrupted(options, *, after, number=signal.SIGINT):
         mirl.pretrain(**options)
     thread.join()
     return caught.value
-
-
-@pytest.fixture
-def slow(tiny, tmp_path):
-    """Options of a run of 48 steps that saves after each of them."""
-    return tiny | {"out": str(tmp_path / "run"), "epochs": 8, "checkpoint_minutes": 0.0, "evaluate_epochs": 3}

@@ -1,0 +1,151 @@
+"""A run that was killed, interrupted or ran out of disk goes on as if nothing had happened."""
+
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from tiny_runs import assert_one_line, assert_same_run, command, finish, flags, interrupted, losses, rows, wait_for_rows
+
+import mirl
+from mirl.cli import main
+from mirl.errors import UserError
+from mirl.training.checkpoints import checkpoint_path, saved_steps
+
+
+@pytest.fixture
+def options(tiny, tmp_path):
+    """Options of a run of 24 steps that saves after each of them."""
+    return tiny | {"out": str(tmp_path / "run"), "epochs": 4, "checkpoint_minutes": 0.0, "evaluate_epochs": 2}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return tmp_path_factory.mktemp("finished") / "run"
+
+
+@pytest.fixture
+def uninterrupted(options, finished):
+    """The run that every interrupted one must equal; made once."""
+    if not finished.exists():
+        mirl.pretrain(**options | {"out": str(finished), "checkpoint_minutes": 10})
+    return finished
+
+
+def log(options):
+    return (Path(options["out"]) / "log.txt").read_text()
+
+
+def test_killed_three_times_equals_uninterrupted(options, uninterrupted):
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")  # pytest shows it if the test fails
+    moments = random.Random(seed)
+    options |= {"workers": 1}
+    for attempt in range(3):
+        process = command(options, *(["--resume"] if attempt else []))
+        wait_for_rows(options["out"], 1 + 6 * attempt + moments.randrange(5), lambda p=process: p.poll() is None)
+        time.sleep(moments.uniform(0, 0.1))
+        process.kill()
+        assert finish(process)[0] == -signal.SIGKILL
+    mirl.pretrain(**options, resume=True)
+    assert_same_run(options["out"], uninterrupted)
+    assert not list(Path(options["out"]).rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_says_how_to_go_on(options, uninterrupted, number, code):
+    options |= {"checkpoint_minutes": 10, "workers": 1}
+    process = command(options, process_group=0)
+    wait_for_rows(options["out"], 3, lambda: process.poll() is None)
+    # To the data workers as well, as a terminal, `timeout` and Slurm do.
+    os.killpg(process.pid, number)
+    returned, output, errors = finish(process)
+    assert (returned, errors) == (code, "")
+    step = rows(options["out"])[-1]["step"]
+    assert f"stopped at step {step} of 24, saved; go on with --out {options['out']} --resume" in output
+    mirl.pretrain(**options, resume=True)
+    assert f"resumed at step {step} of 24" in log(options)
+    assert_same_run(options["out"], uninterrupted)
+
+
+def test_interrupted_before_the_first_checkpoint_starts_again(options, uninterrupted):
+    interrupted(options, after=2)
+    for step in saved_steps(Path(options["out"]) / "checkpoints"):
+        checkpoint_path(Path(options["out"]) / "checkpoints", step).unlink()
+    mirl.pretrain(**options, resume=True)
+    assert "no checkpoint was written yet; starting at step 0" in log(options)
+    assert_same_run(options["out"], uninterrupted)
+
+
+def test_a_truncated_checkpoint_costs_a_step_and_no_more(options, uninterrupted):
+    interrupted(options, after=4)
+    folder = Path(options["out"]) / "checkpoints"
+    newest, before = saved_steps(folder)
+    path = checkpoint_path(folder, newest)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with open(Path(options["out"]) / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "st')  # as a kill leaves it
+    mirl.pretrain(**options, resume=True)
+    assert f"checkpoint {path} cannot be read" in log(options) and f"resumed at step {before} of" in log(options)
+    assert_same_run(options["out"], uninterrupted)
+
+
+def test_a_full_disk_keeps_the_earlier_checkpoint(options, uninterrupted, capsys):
+    interrupted(options, after=2)
+    folder = Path(options["out"]) / "checkpoints"
+    kept = saved_steps(folder)
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))  # no file larger than 1 MiB
+    try:
+        code = main(["pretrain", *flags(options), "--resume"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    expected = f"cannot save {folder}.*too large; the last good checkpoint is step {kept[0]}; .*--resume"
+    assert_one_line(code, capsys.readouterr().err, expected)
+    assert saved_steps(folder) == kept and not list(Path(options["out"]).rglob("*.tmp"))
+    mirl.pretrain(**options, resume=True)
+    assert_same_run(options["out"], uninterrupted)
+
+
+def test_a_finished_run_is_said_to_be_complete(uninterrupted, options, capsys):
+    before = losses(uninterrupted)
+    assert main(["pretrain", *flags(options | {"out": uninterrupted}), "--resume"]) == 0
+    output, errors = capsys.readouterr()
+    assert "the run is complete (24 steps)" in output and not errors
+    assert losses(uninterrupted) == before
+
+
+@pytest.mark.parametrize("change", [{"model": "vit_ti_6"}, {"seed": 1}, {"patch_size": 4}, {"epochs": 5}], ids=str)
+def test_resume_refuses_another_run(options, change):
+    interrupted(options, after=1)
+    (name,) = change
+    with pytest.raises(UserError, match=f"started with --{name} .*cannot change it to .*another --out") as caught:
+        mirl.pretrain(**options | change, resume=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_resume_takes_what_is_not_given_from_the_run(options, uninterrupted):
+    interrupted(options, after=1)
+    mirl.pretrain(out=options["out"], resume=True)
+    assert_same_run(options["out"], uninterrupted)
+
+
+def test_a_checkpoint_of_another_model_is_refused(options, tiny, tmp_path):
+    interrupted(options, after=1)
+    other = mirl.pretrain(**tiny | {"model": "vit_ti_2", "epochs": 1}, out=str(tmp_path / "other"))
+    shutil.rmtree(Path(options["out"]) / "checkpoints")
+    shutil.copytree(other / "checkpoints", Path(options["out"]) / "checkpoints")
+    with pytest.raises(UserError, match=r"checkpoint of step 6 in .* is of another model") as caught:
+        mirl.pretrain(**options, resume=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_resume_without_a_run_is_an_error(options, tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        mirl.pretrain(**options, resume=True)
+    assert not Path(options["out"]).exists()

@@ -1,0 +1,48 @@
+"""Learning rates and weight decay."""
+
+import pytest
+import torch
+
+from mirl.models.encoder import build_encoder
+from mirl.training.optimizers import adamw
+from mirl.training.schedules import learning_rate
+
+
+def test_step_schedule_is_the_papers():
+    # 300 epochs, 40 of warm-up, x0.1 at 90 % and x0.01 at 95 %
+    rates = {epoch: learning_rate(epoch / 300, 1.0, 40 / 300, "step") for epoch in (0, 20, 40, 269, 270, 284, 285, 299)}
+    assert rates == pytest.approx({0: 0, 20: 0.5, 40: 1, 269: 1, 270: 0.1, 284: 0.1, 285: 0.01, 299: 0.01})
+
+
+def test_cosine_schedule_goes_from_peak_to_zero():
+    assert learning_rate(0.1, 2.0, 0.1, "cosine") == pytest.approx(2)
+    assert learning_rate(0.55, 2.0, 0.1, "cosine") == pytest.approx(1)
+    assert learning_rate(1.0, 2.0, 0.1, "cosine") == pytest.approx(0)
+
+
+def test_no_warm_up_starts_at_the_peak():
+    assert learning_rate(0.0, 1.0, 0.0, "step") == 1
+
+
+def test_norms_and_biases_are_not_decayed():
+    encoder = build_encoder(48, 4, 2, (16, 16), (4, 4), 3)
+    groups = adamw(encoder, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.95), fused=True).param_groups
+    decayed = {id(p): group["weight_decay"] == 0.05 for group in groups for p in group["params"]}
+    for name, parameter in encoder.named_parameters():
+        if parameter.requires_grad:
+            assert decayed[id(parameter)] == (parameter.ndim > 1), name
+    assert id(encoder.pos_embed) not in decayed  # fixed positions are not trained
+
+
+def test_fused_adamw_is_deterministic():
+    def weights() -> torch.Tensor:
+        torch.manual_seed(0)
+        encoder = build_encoder(48, 4, 2, (16, 16), (4, 4), 3)
+        optimizer = adamw(encoder, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.95), fused=True)
+        for _ in range(3):
+            encoder(torch.ones(2, 3, 16, 16)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return encoder.blocks[0].attn.qkv.weight.detach()
+
+    assert torch.equal(weights(), weights())
