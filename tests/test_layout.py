@@ -16,7 +16,11 @@ LAYERS = [
     ["mirl.analysis", "mirl.convert"],
     ["mirl.cli", "mirl"],
 ]
-DOORS = {"lightning_fabric": "mirl.training.loop", "jsonargparse": "mirl.cli", "tensorboard": "mirl.training.monitors"}
+DOORS = {
+    "lightning_fabric": "mirl.training.processes",
+    "jsonargparse": "mirl.cli",
+    "tensorboard": "mirl.training.monitors",
+}
 MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
@@ -35,7 +39,9 @@ def imports(path: Path) -> set[str]:
 
 
 def layer(module: str) -> int:
-    matches = [(len(prefix), i) for i, names in enumerate(LAYERS) for prefix in names if f"{module}.".startswith(f"{prefix}.")]
+    matches = [
+        (len(prefix), i) for i, names in enumerate(LAYERS) for prefix in names if f"{module}.".startswith(f"{prefix}.")
+    ]
     return max(matches)[1]
 
 
@@ -46,7 +52,9 @@ def test_imports_point_one_way(module):
     if module.startswith("mirl.models"):
         assert not {name for name in own if name.startswith("mirl.objectives")}
     if module.startswith("mirl.objectives"):
-        assert own <= {"mirl", "mirl.methods", "mirl.models.patches", "mirl.errors"} | {m for m in own if "objectives" in m}
+        assert own <= {"mirl", "mirl.methods", "mirl.models.patches", "mirl.errors"} | {
+            m for m in own if "objectives" in m
+        }
 
 
 @pytest.mark.parametrize("package", DOORS)

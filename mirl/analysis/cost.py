@@ -138,7 +138,7 @@ def info(
 {model}: {depth} blocks, width {width}, {heads} heads, {height}x{across} px, patches of {patch[0]}x{patch[1]}
   parameters   {million(cost.parameters)}; {million(cost.parameters_with_head)} with a {classes}-class head
   forward      {giga(cost.encoder.linear)} multiply-adds an image; {giga(cost.encoder.total)} with attention products
-pre-training: {method}, {len(chosen.taps)} decoders of {shape.depth} blocks, width {shape.width}, {mask_ratio:.0%} masked
+pre-training: {method}, {len(chosen.taps)} x {shape.depth} decoder blocks {shape.width} wide, {mask_ratio:.0%} masked
   parameters   {million(cost.pretraining_parameters)}
   forward      {giga(step.encoder.total)} an image in the encoder, {giga(step.decoders.total)} in the decoders
   step         {giga(step.forward_and_backward.total)} an image, forward and backward""")

@@ -22,7 +22,6 @@ MIN_SIZE = 16
 OCCLUDED_IMAGES = 0.6  # fraction of all images
 HIDDEN = (0.08, 0.30)  # fraction of an occluded shape's pixels
 RADIUS = (0.24, 0.38)
-TILT = (-0.4, 0.4)
 PERIOD = (0.14, 0.34)
 # A pattern is multiplied by its sharpness and cut at +-1: about 1 is soft, 2 is crisp.
 SHARPNESS = (0.9, 2.2)
@@ -182,7 +181,7 @@ class Shapes:
         short = min(height, width)
         centre_x = (width / short / 2 - radius) * rng.uniform(-1, 1)
         centre_y = (height / short / 2 - radius) * rng.uniform(-1, 1)
-        u, v = _rotate((x - centre_x) / radius, (y - centre_y) / radius, rng.uniform(*TILT))
+        u, v = _rotate((x - centre_x) / radius, (y - centre_y) / radius, rng.uniform(0, math.tau))
         radius_px = radius * short
         depth = outline(u, v) * radius_px
         shape = _coverage(depth)

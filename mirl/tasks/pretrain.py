@@ -28,7 +28,7 @@ from mirl.models.masking import split, visible_count
 from mirl.models.patches import gather, grid_size, patchify
 from mirl.objectives.pixels import pixel_target, reconstruction_loss
 from mirl.tasks.settings import Pretraining, Resolved, resolve, resumed
-from mirl.training import loop
+from mirl.training import loop, processes
 from mirl.training.checkpoints import atomic
 from mirl.training.monitors import duration
 from mirl.training.optimizers import adamw
@@ -55,11 +55,11 @@ def pretrain(**options: Any) -> Path:
     settings = Pretraining(**options)
     if settings.resume:
         settings = resumed(settings, read_config(settings.run_folder))
-    precision = settings.precision if settings.precision != "auto" else loop.best_precision()
+    precision = settings.precision if settings.precision != "auto" else processes.best_precision()
     source = open_source(settings.data, channels=settings.channels, download=settings.download)
     training, held_out = split_off_held_out(len(source))
-    fabric = loop.launch(settings.devices, settings.num_nodes, precision)
-    with loop.as_one(fabric):
+    fabric = processes.launch(settings.devices, settings.num_nodes, precision)
+    with processes.as_one(fabric):
         settings = resolve(
             settings, images=len(training), shorter_side=typical_side(source), gpu=fabric.device.type == "cuda",
             devices=fabric.world_size, precision=precision,
@@ -84,7 +84,9 @@ def pretrain(**options: Any) -> Path:
     return run.path
 
 
-def _train(fabric: Any, settings: Resolved, task: "PretrainTask", training: np.ndarray, run: RunFolder) -> None:
+def _train(
+    fabric: processes.Fabric, settings: Resolved, task: "PretrainTask", training: np.ndarray, run: RunFolder
+) -> None:
     steps_per_epoch = len(training) // settings.batch_size
     steps = steps_per_epoch * settings.epochs
     peak = peak_rate(settings)
@@ -255,7 +257,7 @@ def summary(
         f"decoders  {len(method.taps)} of {model.shape.depth} blocks, width {model.shape.width} ({decoders:.1f} M)",
         f"input     {height}x{width} px, patches of {patch_height}x{patch_width}, {s.channels} channels · "
         f"{s.mask_ratio:.0%} of {task.patches} patches masked",
-        f"recipe    {s.epochs} epochs of {training // s.batch_size} steps · batch {s.batch_size}, {s.micro_batch} at once "
+        f"recipe    {s.epochs} epochs of {training // s.batch_size} steps · batch {s.batch_size} in {s.micro_batch}s "
         f"· peak rate {peak_rate(s):.2g} after {s.warmup_epochs:.3g} epochs, {s.schedule} schedule · seed {s.seed}",
         f"machine   {name} · precision {s.precision} · {s.workers} data workers",
         f"run       {s.run_folder} · about {duration(seconds * training * s.epochs)} if data keep up",
@@ -298,6 +300,6 @@ done: {run.path} · pictures/ shows what was learned, checkpoints/ can be resume
 
     import timm, torch
     encoder = timm.create_model("local-dir:{run.encoder}", pretrained=True).eval()
-    images = torch.zeros(1, {settings.channels}, {height}, {width})   # normalised as {run.encoder.name}/config.json says
+    images = torch.zeros(1, {settings.channels}, {height}, {width})   # normalised as its config.json says
     features = encoder(images)   # [1, {features}], the mean over patches
 """

@@ -1,31 +1,25 @@
-"""The training loop, the only one, and the only place that knows Fabric.
+"""The training loop, the only one.
 
-A task brings a model, a loss over batches and what to do after an evaluation; the loop brings devices, precision,
-accumulation, skipped steps, out-of-memory, checkpoints, signals and records. A step reads from top to bottom in `fit`.
+A task brings a model, a loss over batches and pictures; the loop brings accumulation, skipped steps, out-of-memory,
+checkpoints, evaluations and records. A step reads from top to bottom in `fit`.
 """
 
-import logging
 import math
-import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from types import FrameType
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from mirl.data.loading import Batch
 from mirl.errors import UserError
 from mirl.training import checkpoints
 from mirl.training.monitors import Monitor
+from mirl.training.processes import Fabric, Interrupted, as_one, from_all, over_processes, stop_signals
 from mirl.training.runs import RunFolder
 
-Precision = Literal["32", "bf16", "16"]
 MAX_SKIPPED = 5  # non-finite steps in a row before the run stops
 MAX_SKIPPED_FP16 = 25  # the loss scale starts at 2^16 and halves at each overflow
 
@@ -78,74 +72,6 @@ class Progress:
     step: int = 0
     skipped: int = 0
     bad: dict[str, str] = field(default_factory=dict)
-
-
-class Interrupted(KeyboardInterrupt):
-    """The run was told to stop and saved its state; `signal_number` says by what."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(signal_number)
-        self.signal_number = signal_number
-
-
-def launch(devices: str | int, num_nodes: int, precision: Precision) -> Fabric:
-    """Start one process per device and return this one's Fabric."""
-    names: dict[Precision, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # the summary says what was chosen
-    try:
-        # A CPU is one device however many cores it has; several CPU processes are asked for by number.
-        count = devices if devices != "auto" or torch.cuda.is_available() else 1
-        fabric = Fabric(devices=count, num_nodes=num_nodes, precision=names[precision])
-        fabric.launch()
-    except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
-        raise UserError(
-            f"cannot use --devices {devices} --num_nodes {num_nodes}: {str(error).splitlines()[0]}"
-        ) from error
-    return fabric
-
-
-@contextmanager
-def as_one(fabric: Fabric) -> Iterator[None]:
-    """Let a UserError of any process end all: the first process raises it, so that it is said once, the others leave.
-
-    Without it the others would wait for one that stopped.
-    """
-    mine = ""
-    try:
-        yield
-    except UserError as error:
-        mine = str(error)
-        if fabric.world_size == 1:
-            raise
-    if told := next(filter(None, from_all(fabric, mine)), ""):
-        if fabric.is_global_zero:
-            raise UserError(told)
-        raise SystemExit(0)  # another code would make Fabric kill the first process before it has said what is wrong
-
-
-def from_all(fabric: Fabric, value: Any) -> list[Any]:
-    """Collect every process's `value`."""
-    values = [value] * fabric.world_size
-    if fabric.world_size > 1:
-        torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def over_processes(fabric: Fabric, values: Tensor, operation: Literal["mean", "sum", "min", "max"]) -> Tensor:
-    """Combine every process's `values`."""
-    result = fabric.all_reduce(values.to(fabric.device), reduce_op=operation)
-    assert isinstance(result, Tensor)
-    return result
-
-
-def best_precision() -> Precision:
-    """Return bf16 where the device multiplies bf16 matrices in hardware, else 32."""
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "16"
-    if not hasattr(torch.cpu, "get_capabilities"):  # PyTorch before 2.12
-        return "32"
-    cpu = torch.cpu.get_capabilities()
-    return "bf16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "32"
 
 
 def probe(fabric: Fabric, task: Task, model: nn.Module, micro_batch: int, run: RunFolder) -> tuple[int, float]:
@@ -403,33 +329,3 @@ def evaluate(
     fabric.barrier()
     model.train()
     return means
-
-
-@contextmanager
-def stop_signals(fabric: Fabric) -> Iterator[Callable[[], int]]:
-    """Note SIGINT and SIGTERM instead of dying; yields a function that returns the signal's number, or 0.
-
-    A second signal acts at once. All processes answer alike, so that none waits for one that stopped.
-    """
-    received = 0
-    signals = (signal.SIGINT, signal.SIGTERM)
-
-    def note(number: int, _: FrameType | None) -> None:
-        nonlocal received
-        received = number
-        for s in signals:
-            signal.signal(s, previous[s])
-
-    def answer() -> int:
-        if fabric.world_size == 1:
-            return received
-        return int(over_processes(fabric, torch.tensor(float(received)), "max"))
-
-    previous = {s: signal.getsignal(s) for s in signals}
-    try:
-        for s in signals:
-            signal.signal(s, note)
-        yield answer
-    finally:
-        for s in signals:
-            signal.signal(s, previous[s])

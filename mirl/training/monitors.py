@@ -39,8 +39,10 @@ class Monitor:
         self._advised = False
         self._printed = time.monotonic()
         self._writer = SummaryWriter(str(run.tensorboard), purge_step=start) if run.writes else None
-        self._bar = Progress(TextColumn("{task.description}"), BarColumn(20), TaskProgressColumn(), _Line(),
-                             console=console, transient=True, disable=not (run.writes and console.is_terminal))  # fmt: skip
+        columns = TextColumn("{task.description}"), BarColumn(20), TaskProgressColumn(), _Line()
+        self._bar = Progress(
+            *columns, console=console, transient=True, disable=not (run.writes and console.is_terminal)
+        )
         self._task = self._bar.add_task("training", total=steps, completed=start, line="")
 
     def __enter__(self) -> "Monitor":

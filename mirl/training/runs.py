@@ -5,6 +5,7 @@ config.yaml  log.txt  metrics.jsonl  tensorboard/  checkpoints/  encoder/  autoe
 
 import json
 import logging
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,9 @@ class RunFolder:
                 temporary.write_text(yaml.safe_dump(settings, sort_keys=False))
 
     def record(self, row: dict[str, Any]) -> None:
-        """Append one row to metrics.jsonl."""
+        """Append one row to metrics.jsonl; a number that is not finite becomes null, as JSON wants."""
         if self.writes:
+            row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             with open(self._metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 

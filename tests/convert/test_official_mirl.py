@@ -24,9 +24,8 @@ def official(golden):
     """Return our autoencoder with the official checkpoint's weights, and the official outputs."""
     config = json.loads((golden / "config.json").read_text())
     method = mirl(config["depth"], taps=[*(index + 1 for index in config["out_indices"]), config["depth"]])
-    encoder = build_encoder(
-        config["embed_dim"], config["num_heads"], config["depth"], (config["img_size"],) * 2, (config["patch_size"],) * 2, 3
-    )  # fmt: skip
+    image_size, patch_size = (config["img_size"],) * 2, (config["patch_size"],) * 2
+    encoder = build_encoder(config["embed_dim"], config["num_heads"], config["depth"], image_size, patch_size, 3)
     shape = DecoderShape(
         config["decoder_embed_dims"][0], config["decoder_depth"], config["decoder_num_heads"],
         did_blocks="all", did_memory="embedded", weight_norm=True,

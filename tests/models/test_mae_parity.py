@@ -31,7 +31,12 @@ def renamed(theirs: dict[str, torch.Tensor], depth: int, decoder_depth: int) -> 
     ours = {}
     for side, count, block, names in (
         ("vit.layers", depth, "encoder.blocks", ("norm1", "norm2", "attn.proj")),
-        ("decoder.decoder_layers", decoder_depth, "decoders.0.blocks", ("norm_self", "norm_mlp", "self_attention.proj")),
+        (
+            "decoder.decoder_layers",
+            decoder_depth,
+            "decoders.0.blocks",
+            ("norm_self", "norm_mlp", "self_attention.proj"),
+        ),
     ):
         for i in range(count):
             own = ("layernorm_before", "layernorm_after", "attention.o_proj")
@@ -53,8 +58,8 @@ def test_loss_and_gradients_equal_hugging_faces(normalised):
     torch.manual_seed(0)
     config = transformers.ViTMAEConfig(
         hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=192, image_size=32, patch_size=8,
-        decoder_hidden_size=32, decoder_num_hidden_layers=2, decoder_num_attention_heads=4, decoder_intermediate_size=128,
-        norm_pix_loss=normalised, layer_norm_eps=1e-6, mask_ratio=0.75,
+        decoder_hidden_size=32, decoder_num_hidden_layers=2, decoder_num_attention_heads=4,
+        decoder_intermediate_size=128, norm_pix_loss=normalised, layer_norm_eps=1e-6, mask_ratio=0.75,
     )  # fmt: skip
     reference = transformers.ViTMAEForPreTraining(config)
     with torch.no_grad():

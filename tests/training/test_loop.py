@@ -9,7 +9,7 @@ from torch import nn
 
 from mirl.data.loading import Batch
 from mirl.errors import UserError
-from mirl.training import loop
+from mirl.training import loop, processes
 from mirl.training.checkpoints import saved_steps
 from mirl.training.runs import RunFolder
 
@@ -82,7 +82,7 @@ def train(run, task, *, steps=2, micro_batch=BATCH, batches=None, clip_grad=None
         samples=1000, max_bad=0.1,
     )  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters())
-    fabric = loop.launch("auto", 1, "32")
+    fabric = processes.launch("auto", 1, "32")
     loop.fit(fabric, task, model, optimizer, run, plan, progress, batches, [chunk(range(900, 904))])
     rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     return model.state_dict(), progress, [row for row in rows if row["kind"] == "train"]
@@ -182,4 +182,4 @@ def test_the_gradient_is_clipped_and_its_true_norm_recorded(run, whole):
 
 def test_too_many_processes_are_a_user_error():
     with pytest.raises(UserError, match="--devices 0"):
-        loop.launch(0, 1, "32")
+        processes.launch(0, 1, "32")
