@@ -19,10 +19,10 @@ Field = NDArray[np.floating]  # float32 wherever it has a value per pixel
 SPLITS = ("train", "val")
 MIN_SIZE = 16
 
-OCCLUDED_IMAGES = 0.6  # fraction of all images
-HIDDEN = (0.08, 0.30)  # fraction of an occluded shape's pixels
-RADIUS = (0.24, 0.38)
-PERIOD = (0.14, 0.34)
+OCCLUDED_IMAGES = 0.3  # fraction of all images
+HIDDEN = (0.05, 0.20)  # fraction of an occluded shape's pixels
+RADIUS = (0.27, 0.42)
+PERIOD = (0.3, 0.6)
 # A pattern is multiplied by its sharpness and cut at +-1: about 1 is soft, 2 is crisp.
 SHARPNESS = (0.9, 2.2)
 # OKLab lightness of background, shape and occluder, in random order: any two of them contrast.
@@ -244,8 +244,8 @@ LMS_TO_RGB = np.array([[4.0767, -3.3077, 0.2310], [-1.2684, 2.6098, -0.3413], [-
 def _colours(rng: np.random.Generator) -> Field:
     """Return colours [6, 3] in 0 to 255: three regions' bases, then their swings; a texture spans base +- swing."""
     shift, contrast, turn, chroma = rng.random((4, 3, 1))
-    lightness = rng.permutation(LIGHTNESS)[:, None] + 0.06 * (shift - 0.5) + (0.04 + 0.05 * contrast) * ENDS
-    hue = math.tau * rng.random() + THIRDS + 0.8 * (turn - 0.5) + 0.5 * (contrast - 0.5) * ENDS
+    lightness = rng.permutation(LIGHTNESS)[:, None] + 0.06 * (shift - 0.5) + (0.02 + 0.03 * contrast) * ENDS
+    hue = math.tau * rng.random() + THIRDS + 0.8 * (turn - 0.5) + 0.2 * (contrast - 0.5) * ENDS
     colours = 255 * _oklch_to_srgb(lightness, 0.06 + 0.10 * chroma, hue)
     low, high = colours[..., 0], colours[..., 1]
     return np.concatenate([high + low, high - low]) / 2

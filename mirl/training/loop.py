@@ -17,6 +17,7 @@ from mirl.data.loading import Batch
 from mirl.errors import UserError
 from mirl.training import checkpoints
 from mirl.training.monitors import Monitor
+from mirl.training.pictures import draw_curves
 from mirl.training.processes import Fabric, Interrupted, as_one, from_all, over_processes, stop_signals
 from mirl.training.runs import RunFolder
 
@@ -326,6 +327,7 @@ def evaluate(
     run.say(f"epoch {epoch:g} · held-out loss {means['loss']:.4f}{f' ({parts})' if parts else ''}{left}")
     if fabric.is_global_zero:
         task.draw(run, progress.step, epoch)
+        draw_curves(run.rows(), run.pictures / "curves.png")
     fabric.barrier()
     model.train()
     return means

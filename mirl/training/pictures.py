@@ -1,11 +1,12 @@
 """Pictures of reconstructions: original, masked, then main component, residual and their sum for each pair.
 
-Paper: Figure 7.
+Paper: Figure 7. And curves of the run so far.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -83,3 +84,41 @@ def draw(columns: Sequence[Panel], path: Path, title: str) -> None:
             axes[i, j].axis("off")
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png")
+
+
+def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw loss, pairs, learning rate, gradient norm and speed over epochs from rows of metrics.jsonl to a PNG."""
+    training = [row for row in rows if row["kind"] == "train"]
+    held_out = [row for row in rows if row["kind"] == "held_out"]
+    figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
+    (loss, pairs, rate), (norm, speed, wait) = figure.subplots(2, 3)
+    if training:
+        names = {"loss": loss, "lr": rate, "grad_norm": norm}
+        for name, axes in names.items():
+            _curve(axes, training, name, label="training" if name == "loss" else None, color="C0", alpha=0.6)
+        epochs = [row["epoch"] for row in training]
+        speed.plot(epochs, [60 / row["seconds"] for row in training], color="C0", linewidth=0.8)
+        wait.plot(epochs, [100 * row["data_wait"] / row["seconds"] for row in training], color="C0", linewidth=0.8)
+    _curve(loss, held_out, "loss", label="held out", color="C1", marker="o")
+    loss.legend(fontsize=7)
+    members = sorted({name for row in held_out for name in row if name.startswith("pair_")}) or ["loss"]
+    for name in members:
+        _curve(pairs, held_out, name, label=name.replace("_", " "), marker="o")
+    pairs.legend(fontsize=7)
+    titles = {
+        loss: "loss", pairs: "held-out loss", rate: "learning rate", norm: "gradient norm",
+        speed: "steps a minute", wait: "waiting for data, % of the time",
+    }  # fmt: skip
+    for axes, title in titles.items():
+        axes.set_title(title, fontsize=8)
+        axes.set_xlabel("epoch", fontsize=7)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.3)
+    norm.set_yscale("log")
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _curve(axes: Any, rows: Sequence[dict[str, Any]], name: str, **style: Any) -> None:
+    known = [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
+    axes.plot(*zip(*known, strict=True), linewidth=0.8, markersize=3, **style) if known else None

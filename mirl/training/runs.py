@@ -106,16 +106,21 @@ class RunFolder:
             with open(self._metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
-    def forget_after(self, step: int) -> None:
-        """Drop rows of steps that the resumed run does again, and a last line that a kill cut short."""
-        if not (self.writes and self._metrics.exists()):
-            return
+    def rows(self) -> list[dict[str, Any]]:
+        """Read metrics.jsonl; a last line that a kill cut short is left out."""
         rows = []
-        for line in self._metrics.read_text().splitlines():
+        for line in self._metrics.read_text().splitlines() if self._metrics.exists() else ():
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:
                 continue
+        return rows
+
+    def forget_after(self, step: int) -> None:
+        """Drop rows of steps that the resumed run does again, and a last line that a kill cut short."""
+        if not (self.writes and self._metrics.exists()):
+            return
+        rows = self.rows()
         with atomic(self._metrics) as temporary:
             # A run that starts again evaluates again before its first step.
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if step and row["step"] <= step))
