@@ -188,7 +188,7 @@ def load(
         collate_fn=collate,
         pin_memory=pin,
         worker_init_fn=_leave_signals_to_parent,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=2 if workers else None,
     )
 
 

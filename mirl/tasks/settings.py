@@ -77,7 +77,7 @@ class Pretraining:
     batch_size: int | None = None
     """images in one optimizer step over all devices; by default a power of two near images / 50, from 16 to 4096"""
     micro_batch: int | None = None
-    """images computed at once on one device; by default 64 on a CPU, on a GPU what fits"""
+    """images computed at once on one device; by default 64 on a CPU, on a GPU what fits, at most 512"""
     base_lr: float = 1.5e-4
     """learning rate per 256 images of batch"""
     weight_decay: float = 0.05
@@ -220,7 +220,7 @@ def resolve(
         "patch_size": pair(patch if given.patch_size is None else given.patch_size),
         "epochs": epochs,
         "batch_size": batch,
-        "micro_batch": min(given.micro_batch or (batch if gpu else 64), batch // devices),
+        "micro_batch": min(given.micro_batch or (512 if gpu else 64), batch // devices),
         "warmup_epochs": epochs * PAPER_WARMUP / PAPER_EPOCHS if given.warmup_epochs is None else given.warmup_epochs,
         "precision": precision,
         "workers": min(16, max(1, cores * given.num_nodes // devices)) if given.workers is None else given.workers,

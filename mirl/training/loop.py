@@ -185,7 +185,9 @@ def fit(
                     report_skipped(fabric, run, progress, culprits, in_a_row)
             report_bad(run, plan, progress, (file for chunk in chunks for file in chunk.bad))
             row = {"kind": "train", "step": progress.step, "epoch": progress.step / plan.steps_per_epoch, **means}
-            row |= {"lr": rate, "grad_norm": norm, "seconds": time.monotonic() - began, "data_wait": waited}
+            seconds = time.monotonic() - began
+            row |= {"lr": rate, "grad_norm": norm, "seconds": seconds, "data_wait": waited}
+            row["images_per_second"] = plan.batch_size / seconds
             run.record(row)
             monitor.step(row)
             if progress.step % plan.evaluate_every == 0 or progress.step == plan.steps:

@@ -65,7 +65,6 @@ class Monitor:
             self.run.say(line)
         if self._writer and row["step"] % TENSORBOARD_EVERY == 0:
             self.scalars("train", {k: v for k, v in row.items() if k not in ("kind", "step", "epoch")}, row["step"])
-            self._writer.add_scalar("speed/images_per_second", self.speed, row["step"])
         if not self._advised and len(self._recent) == WINDOW and self.waiting > SLOW_DATA:
             self._advised = True
             self.run.say(

@@ -93,11 +93,10 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
     (loss, pairs, rate), (norm, speed, wait) = figure.subplots(2, 3)
     if training:
-        names = {"loss": loss, "lr": rate, "grad_norm": norm}
+        names = {"loss": loss, "lr": rate, "grad_norm": norm, "images_per_second": speed}
         for name, axes in names.items():
             _curve(axes, training, name, label="training" if name == "loss" else None, color="C0", alpha=0.6)
         epochs = [row["epoch"] for row in training]
-        speed.plot(epochs, [60 / row["seconds"] for row in training], color="C0", linewidth=0.8)
         wait.plot(epochs, [100 * row["data_wait"] / row["seconds"] for row in training], color="C0", linewidth=0.8)
     _curve(loss, held_out, "loss", label="held out", color="C1", marker="o")
     loss.legend(fontsize=7)
@@ -107,7 +106,7 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     pairs.legend(fontsize=7)
     titles = {
         loss: "loss", pairs: "held-out loss", rate: "learning rate", norm: "gradient norm",
-        speed: "steps a minute", wait: "waiting for data, % of the time",
+        speed: "images a second", wait: "waiting for data, % of the time",
     }  # fmt: skip
     for axes, title in titles.items():
         axes.set_title(title, fontsize=8)
