@@ -6,6 +6,7 @@ BIN := .venv/bin
 # Everything is installed once; constraints.txt pins what it was tested with.
 setup: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
+	@echo "installing into .venv: about 6 GB, a few minutes"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'

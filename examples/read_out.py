@@ -9,6 +9,7 @@ shapes and tested on 1,000 others. Pre-training never saw a label. Writes read_o
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -24,7 +25,7 @@ from mirl.models.encoder import build_encoder
 
 
 @torch.inference_mode()
-def features(encoder: torch.nn.Module, images: torch.Tensor) -> np.ndarray:
+def features(encoder: Any, images: torch.Tensor) -> np.ndarray:
     """Return each block's mean over patch tokens, side by side [b, blocks * d], of uint8 images [b, 3, h, w]."""
     chunks = []
     for chunk in torch.split(images, 100):

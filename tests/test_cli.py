@@ -81,6 +81,8 @@ def one_line(arguments, capfd):
         ({"bogus": 1}, "--bogus.*see mirl pretrain --help"),
         ({"epoch": 3}, "--epoch"),
         ({"config": "missing.yaml"}, "missing.yaml"),
+        ({"seed": -1}, "--seed -1 is not allowed; give 0 or more"),
+        ({"precision": "16"}, "--precision 16 needs a GPU"),
     ],
     ids=str,
 )
@@ -214,11 +216,3 @@ def test_more_bad_files_than_the_budget_stop_the_run(mistake, photos):
     damage(photos)
     message = mistake(data=str(photos), batch_size=44, max_bad=0.01)
     assert re.search("of 45 files cannot be used, more than --max_bad 0.01; mend the files named in log.txt", message)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_hundred_bad_files_in_a_row_are_one_line(mistake, photos, workers):
-    for index in range(400):
-        (photos / f"x{index:03}.jpg").write_bytes(b"")
-    message = mistake(data=str(photos), max_bad=1, workers=workers, batch_size=64)
-    assert "100 images in a row cannot be used, the last: " in message

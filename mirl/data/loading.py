@@ -4,6 +4,7 @@ Order is a function of (seed, epoch); crop, flip and mask are functions of (seed
 worker. So neither the number of workers nor of processes nor an interruption changes what a run sees.
 """
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -30,7 +31,8 @@ MAX_CONSECUTIVE_BAD = 100
 
 @dataclass(frozen=True)
 class Batch:
-    """Masked images: `images` uint8 [b, c, h, w], patch indices `visible` [b, v] and `masked` [b, m], `indices` [b].
+    """Masked images: `images` uint8 [b, c, h, w], patch indices `visible` [b, v] and `masked` [b, m], and where
+    in the source they came from, `indices` [b].
 
     `bad` lists (name, reason) of files that could not be read and were replaced by the next readable ones.
     """
@@ -98,21 +100,21 @@ class MaskedImages(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.members)
 
-    def name_of(self, index: int) -> str:
-        return self.source.name_of(int(self.members[index]))
-
     def __getitem__(self, key: Key) -> Batch:
         epoch, index = key
-        image, bad = self._read(index)
+        image, member, bad = self._read(index)
         with seeded(*self.key, epoch, index):
             image = self.view(image)
             visible, masked = split(torch.rand(self.patches), self.mask_ratio)
-        return Batch(image[None], visible[None], masked[None], torch.tensor([index]), bad)
+        return Batch(image[None], visible[None], masked[None], torch.tensor([member]), bad)
 
-    def _read(self, index: int) -> tuple[Tensor, tuple[tuple[str, str], ...]]:
+    def _read(self, index: int) -> tuple[Tensor, int, tuple[tuple[str, str], ...]]:
+        """Return the image, its index in the source, and the unusable files that it stands in for."""
         bad: list[tuple[str, str]] = []
         for shift in range(min(MAX_CONSECUTIVE_BAD, len(self))):
-            member = int(self.members[(index + shift) % len(self)])
+            # Neighbours first, then ever farther: a whole broken folder must not stop the run.
+            offset = shift if shift < 10 else shift * shift
+            member = int(self.members[(index + offset) % len(self)])
             try:
                 image = self.source.read(member)
                 height, width = image.shape[-2:]
@@ -120,7 +122,7 @@ class MaskedImages(Dataset[Batch]):
                     raise BadImage(
                         f"is {height}x{width} px, smaller than a patch ({self.patch_size[0]}x{self.patch_size[1]})"
                     )
-                return image, tuple(bad)
+                return image, member, tuple(bad)
             except BadImage as error:
                 bad.append((self.source.name_of(member), error.reason))
         name, reason = bad[-1]
@@ -209,9 +211,10 @@ def _one_line_errors(batches: Iterator[Batch]) -> Iterator[Batch]:
 def _leave_signals_to_parent(_: int) -> None:
     """Outlive Ctrl-C, `timeout` and Slurm, which signal every process: the parent saves, then ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
+    parent = multiprocessing.parent_process()
+    if sys.platform == "linux" and parent is not None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_when_told_by, args=(parent.pid,), daemon=True).start()
 
 
 def _end_when_told_by(parent: int) -> None:

@@ -192,6 +192,8 @@ def _open_folder(folder: str, channels: int) -> ImageFiles:
         except OSError:
             unreadable.append(os.path.join(folder, relative))
             continue
+        if {"config.yaml", "log.txt", "metrics.jsonl"} <= {entry.name for entry in found}:
+            continue  # a run inside the data: its pictures are not images to train on
         wanted = []
         for entry in found:
             if entry.name.startswith(".") or entry.name == "__MACOSX":

@@ -47,9 +47,6 @@ class Autoencoder(nn.Module):
         if did and shape.did_memory == "embedded":
             self.embed_input = nn.Sequential(nn.LayerNorm(width, eps=NORM_EPS), nn.Linear(width, shape.width))
             initialise(self.embed_input)
-        for decoder in decoders:
-            initialise(decoder)
-            nn.init.normal_(decoder.mask_token, std=0.02)
         positions = sincos_positions(shape.width, grid_size(self.image_size, self.patch_size))
         self.register_buffer("positions", positions, persistent=False)
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
+from mirl.models.encoder import initialise
+
 NORM_EPS = 1e-6
 
 
@@ -94,7 +96,9 @@ class Decoder(nn.Module):
         )
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.predict = nn.Linear(width, patch_values)
-        if shape.weight_norm:
+        initialise(self)
+        nn.init.normal_(self.mask_token, std=0.02)
+        if shape.weight_norm:  # after initialise, which would fill a weight that is computed
             weight_norm(self.predict, dim=1)
             gain = self.predict.get_parameter("parametrizations.weight.original0")
             nn.init.ones_(gain.requires_grad_(False))

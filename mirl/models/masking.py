@@ -11,7 +11,7 @@ def visible_count(patches: int, mask_ratio: float) -> int:
     Raises:
         UserError: if no patch, or every patch, would be visible.
     """
-    visible = int(patches * (1 - mask_ratio))
+    visible = int(patches * (1 - mask_ratio) + 1e-9)  # 10 * (1 - 0.9) is 0.99999...
     if not 0 < visible < patches:
         low, high = 1 / patches, 1 - 1 / patches
         raise UserError(

@@ -1,8 +1,7 @@
 """`mirl pretrain`: from images to an encoder. Model, objective and data meet here through plain tensors."""
 
-import json
+import errno
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -11,35 +10,35 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
-from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from mirl.data.decode import BadImage
 from mirl.data.loading import Batch, MaskedImages, StepSampler, collate, load
 from mirl.data.sources import Source, open_source
-from mirl.data.transforms import channel_statistics, fixed_view, normalise, training_view
+from mirl.data.transforms import fixed_view, normalise, training_view
 from mirl.errors import UserError
 from mirl.methods import Method, mae, mirl
-from mirl.models.autoencoder import Autoencoder, build_autoencoder
+from mirl.models.autoencoder import build_autoencoder
 from mirl.models.decoder import DecoderShape
-from mirl.models.encoder import check_sizes, parse_model, timm_arguments
+from mirl.models.encoder import check_sizes, parse_model
 from mirl.models.masking import split, visible_count
 from mirl.models.patches import gather, grid_size, patchify
 from mirl.objectives.pixels import pixel_target, reconstruction_loss
+from mirl.tasks.export import export, how_to_use
 from mirl.tasks.settings import Pretraining, Resolved, resolve, resumed
 from mirl.training import loop, processes
-from mirl.training.checkpoints import atomic
 from mirl.training.monitors import duration
 from mirl.training.optimizers import adamw
 from mirl.training.pictures import draw, panels
 from mirl.training.runs import RunFolder, read_config
 from mirl.training.schedules import learning_rate
+from mirl.training.steps import probe
 
 BETAS = (0.9, 0.95)
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.02, 2000
 TRAINING, HELD_OUT = 0, 1  # streams of random numbers
 PICTURED = 6
+LONG = 24 * 3600  # seconds after which a run deserves a warning
 SAMPLED = 64  # images looked at to choose the image size
 
 
@@ -70,7 +69,7 @@ def pretrain(**options: Any) -> Path:
             settings.run_folder, resume=settings.resume, overwrite=settings.overwrite, writes=fabric.is_global_zero
         )
     try:
-        micro_batch, seconds = loop.probe(fabric, task, task.autoencoder, settings.micro_batch, run)
+        micro_batch, seconds = probe(fabric, task, task.autoencoder, settings.micro_batch, run)
         settings = replace(settings, micro_batch=micro_batch)
         run.write_config(settings.saved())
         for line in summary(settings, task, fabric.device, len(training), len(held_out), seconds / fabric.world_size):
@@ -79,6 +78,12 @@ def pretrain(**options: Any) -> Path:
         if fabric.is_global_zero:
             export(task.autoencoder, settings, run)
             run.say(how_to_use(run, settings))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"cannot write to {run.path}: {error.strerror}; the last checkpoint is kept; free space, then add --resume"
+        ) from error
     finally:
         run.close()
     return run.path
@@ -93,7 +98,7 @@ def _train(
     warmup = min(1.0, settings.warmup_epochs / settings.epochs)
     model = task.autoencoder
     optimizer = adamw(model, lr=peak, weight_decay=settings.weight_decay, betas=BETAS, fused=settings.precision != "16")
-    progress = loop.restore(fabric, run, model, optimizer) if settings.resume else loop.Progress()
+    progress = loop.restore(fabric, run, model, optimizer, len(task.source)) if settings.resume else loop.Progress()
     run.forget_after(progress.step)
     if progress.step >= steps:
         run.say(f"the run is complete ({steps} steps); a longer one needs another --out")
@@ -109,6 +114,7 @@ def _train(
         clip_grad=settings.clip_grad,
         evaluate_every=settings.evaluate_epochs * steps_per_epoch,
         checkpoint_seconds=settings.checkpoint_minutes * 60,
+        checkpoint_steps=settings.checkpoint_steps or steps,
         samples=len(task.source),
         max_bad=settings.max_bad,
     )
@@ -212,6 +218,12 @@ def decoder_shape(settings: Resolved, method: Method) -> DecoderShape:
     return DecoderShape(width, depth, heads, settings.did_blocks, settings.did_memory, settings.weight_norm)
 
 
+def idle_options(settings: Resolved, method: Method) -> list[str]:
+    """Name options that were given and that this method does not read."""
+    given = {"did_blocks": settings.did_blocks != "first", "did_memory": settings.did_memory != "raw"}
+    return [name for name, changed in given.items() if changed and method.context == "none"]
+
+
 def split_off_held_out(count: int) -> tuple[np.ndarray, np.ndarray]:
     """Return indices of training and held-out images: a fixed 2 %, at most 2,000 and at least 1, are held out."""
     if count < 2:
@@ -247,59 +259,24 @@ def summary(
     encoder = sum(p.numel() for p in model.encoder.parameters()) / 1e6
     decoders = sum(p.numel() for p in model.parameters()) / 1e6 - encoder
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    ignored = getattr(task.source, "ignored", 0)
+    # Only folders have other files and folders in them.
+    ignored, unreadable = getattr(task.source, "ignored", 0), len(getattr(task.source, "unreadable", ()))
     segments = f", {len(method.taps)} segments, decoders after blocks {', '.join(map(str, method.taps))}"
     (height, width), (patch_height, patch_width) = s.image_size, s.patch_size
-    others = f" ({ignored} other files ignored)" if ignored else ""
+    others = f", {ignored} other files ignored" if ignored else ""
+    others += f", {unreadable} folders cannot be read" if unreadable else ""
+    time_needed = seconds * training * s.epochs
+    advice = [f"advice: {duration(time_needed)} is long; for a first look add --epochs {max(1, s.epochs // 50)}"]
     return [
         f"data      {s.data}: {training} images to train on, {held_out} held out{others}",
         f"model     {s.model} ({encoder:.1f} M parameters) · {method.name}{segments if len(method.taps) > 1 else ''}",
-        f"decoders  {len(method.taps)} of {model.shape.depth} blocks, width {model.shape.width} ({decoders:.1f} M)",
+        f"decoders  {len(method.taps)} x {model.shape.depth} blocks, width {model.shape.width} ({decoders:.1f} M)",
         f"input     {height}x{width} px, patches of {patch_height}x{patch_width}, {s.channels} channels · "
         f"{s.mask_ratio:.0%} of {task.patches} patches masked",
         f"recipe    {s.epochs} epochs of {training // s.batch_size} steps · batch {s.batch_size} in {s.micro_batch}s "
         f"· peak rate {peak_rate(s):.2g} after {s.warmup_epochs:.3g} epochs, {s.schedule} schedule · seed {s.seed}",
         f"machine   {name} · precision {s.precision} · {s.workers} data workers",
-        f"run       {s.run_folder} · about {duration(seconds * training * s.epochs)} if data keep up",
+        f"run       {s.run_folder} · about {duration(time_needed)} if data keep up",
+        *(advice if time_needed > LONG else []),
+        *(f"warning: --{name} has no effect without cross-attention" for name in idle_options(s, method)),
     ]
-
-
-def export(model: Autoencoder, settings: Resolved, run: RunFolder) -> None:
-    """Write `encoder/`, which timm opens, and `autoencoder.safetensors`, which holds the decoders too."""
-    encoder, channels = model.encoder, settings.channels
-    mean, deviation = channel_statistics(channels)
-    encoder.pretrained_cfg = {
-        "architecture": "vit_base_patch16_224", "input_size": (channels, *model.image_size), "fixed_input_size": True,
-        "mean": mean, "std": deviation, "interpolation": "bicubic", "crop_pct": 1.0, "num_classes": 0,
-        "first_conv": "patch_embed.proj", "classifier": "head",
-    }  # fmt: skip
-    arguments = timm_arguments(
-        encoder.embed_dim,
-        encoder.blocks[0].attn.num_heads,
-        len(encoder.blocks),
-        model.image_size,
-        model.patch_size,
-        channels,
-    )
-    fresh = run.encoder.with_name("encoder.tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
-    save_for_hf(encoder, str(fresh), model_args=arguments, safe_serialization=True)
-    shutil.rmtree(run.encoder, ignore_errors=True)
-    fresh.rename(run.encoder)
-    state = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
-    with atomic(run.autoencoder) as temporary:
-        save_file(state, temporary, metadata={"format": "pt", "mirl": json.dumps(settings.saved())})
-
-
-def how_to_use(run: RunFolder, settings: Resolved) -> str:
-    """Return lines that a user can paste."""
-    height, width = settings.image_size
-    features = parse_model(settings.model)[0]
-    return f"""
-done: {run.path} · pictures/ shows what was learned, checkpoints/ can be resumed
-
-    import timm, torch
-    encoder = timm.create_model("local-dir:{run.encoder}", pretrained=True).eval()
-    images = torch.zeros(1, {settings.channels}, {height}, {width})   # normalised as its config.json says
-    features = encoder(images)   # [1, {features}], the mean over patches
-"""

@@ -12,15 +12,19 @@ from typing import Any, Literal
 
 from mirl.errors import UserError
 
-PAPER_BATCH, PAPER_EPOCHS, PAPER_WARMUP = 4096, 300, 40
+PAPER_BATCH, PAPER_EPOCHS, PAPER_WARMUP, PAPER_LR = 4096, 300, 40, 1.5e-4
 
 # Largest shorter side of an image (median over a sample) -> (image size, patch size).
 SIZES = ((48, 32, 4), (96, 64, 8), (176, 128, 16), (float("inf"), 224, 16))
 
-# Options that may differ when a run is resumed, because the result does not depend on them (or is said to).
+SMALL_PEAK = 5e-4  # smallest default peak rate: in proportion, batches under 850 images would hardly learn
+
 Precision = Literal["32", "bf16", "16"]
 
-FREE = {"out", "resume", "overwrite", "download", "devices", "num_nodes", "workers", "checkpoint_minutes", "max_bad"}
+# Options of one start, not of the run; the others that may change when a run is resumed.
+OF_THIS_START = {"resume", "overwrite", "download", "devices", "num_nodes", "workers"}
+FREE = {"out", "checkpoint_minutes", "checkpoint_steps", "max_bad", "micro_batch", "clip_grad", "evaluate_epochs",
+        "precision"}  # fmt: skip
 NOT_SAVED = {"resume", "overwrite", "download"}
 
 
@@ -78,8 +82,8 @@ class Pretraining:
     """images in one optimizer step over all devices; by default a power of two near images / 50, from 16 to 4096"""
     micro_batch: int | None = None
     """images computed at once on one device; by default 64 on a CPU, on a GPU what fits, at most 512"""
-    base_lr: float = 1.5e-4
-    """learning rate per 256 images of batch"""
+    base_lr: float | None = None
+    """learning rate per 256 images of batch; by default 1.5e-4 (the paper), more if the peak would be under 5e-4"""
     weight_decay: float = 0.05
     """AdamW's, not applied to norms and biases"""
     warmup_epochs: float | None = None
@@ -92,7 +96,7 @@ class Pretraining:
     """of weights, order, crops and masks"""
 
     precision: Literal["auto", "32", "bf16", "16"] = "auto"
-    """auto: bf16 where the device has it"""
+    """auto: bf16 where the device multiplies it in hardware, else 32 on a CPU and 16 on a GPU"""
     devices: str | int = "auto"
     """GPUs (or CPU processes) on this machine"""
     num_nodes: int = 1
@@ -104,26 +108,34 @@ class Pretraining:
     overwrite: bool = False
     """delete the run in --out and start again"""
     checkpoint_minutes: float = 10
-    """minutes between checkpoints"""
+    """longest time between checkpoints"""
+    checkpoint_steps: int | None = None
+    """most steps between checkpoints; by default only the time counts"""
     evaluate_epochs: int | None = None
     """epochs between evaluations with pictures; by default 20 times in a run"""
     max_bad: float = 0.1
     """share of unusable files above which the run stops"""
 
     def __post_init__(self) -> None:
+        for name in ("data", "out"):  # pathlib's paths are welcome
+            value = getattr(self, name)
+            object.__setattr__(self, name, value if value is None else os.fspath(value))
         checks: dict[str, tuple[bool, str]] = {
             "mask_ratio": (0 < self.mask_ratio < 1, "more than 0 and less than 1"),
             "min_crop": (0 < self.min_crop <= 1, "more than 0 and at most 1"),
             "max_bad": (0 <= self.max_bad <= 1, "0 to 1"),
-            "base_lr": (self.base_lr > 0, "more than 0"),
+            "base_lr": (self.base_lr is None or self.base_lr > 0, "more than 0"),
             "weight_decay": (self.weight_decay >= 0, "0 or more"),
             "checkpoint_minutes": (self.checkpoint_minutes >= 0, "0 or more"),
             "clip_grad": (self.clip_grad is None or self.clip_grad > 0, "more than 0"),
             "warmup_epochs": (self.warmup_epochs is None or self.warmup_epochs >= 0, "0 or more"),
+            "seed": (self.seed >= 0, "0 or more"),
             "workers": (self.workers is None or self.workers >= 0, "0 or more"),
         }
-        for name in ("channels", "epochs", "batch_size", "micro_batch", "evaluate_epochs", "num_nodes", "decoder_width",
-                     "decoder_depth", "decoder_heads"):  # fmt: skip
+        for name in (
+            *("channels", "epochs", "batch_size", "micro_batch", "evaluate_epochs", "checkpoint_steps", "num_nodes"),
+            *("decoder_width", "decoder_depth", "decoder_heads"),
+        ):
             value = getattr(self, name)
             checks[name] = (value is None or value >= 1, "1 or more")
         for name, (good, allowed) in checks.items():
@@ -154,6 +166,7 @@ class Resolved(Pretraining):
     epochs: int = 1
     batch_size: int = 1
     micro_batch: int = 1
+    base_lr: float = PAPER_LR
     warmup_epochs: float = 0
     precision: Literal["32", "bf16", "16"] = "32"
     workers: int = 0
@@ -178,10 +191,12 @@ def resumed(given: Pretraining, saved: dict[str, Any]) -> Pretraining:
         value, kept = getattr(given, field.name), saved.get(field.name, field.default)
         if field.name in ("image_size", "patch_size"):
             kept, value = pair(kept), value if value is None else pair(value)
-        if field.name in FREE:
-            changes[field.name] = kept if value == field.default and field.name not in NOT_SAVED else value
+        if field.name in OF_THIS_START:
+            changes[field.name] = value
         elif value in (field.default, kept):
             changes[field.name] = kept
+        elif field.name in FREE:
+            changes[field.name] = value
         else:
             raise UserError(
                 f"the run was started with --{field.name} {kept}, and --resume cannot change it to {value}; "
@@ -222,6 +237,7 @@ def resolve(
         "batch_size": batch,
         "micro_batch": min(given.micro_batch or (512 if gpu else 64), batch // devices),
         "warmup_epochs": epochs * PAPER_WARMUP / PAPER_EPOCHS if given.warmup_epochs is None else given.warmup_epochs,
+        "base_lr": given.base_lr or max(PAPER_LR, SMALL_PEAK * 256 / batch),
         "precision": precision,
         "workers": min(16, max(1, cores * given.num_nodes // devices)) if given.workers is None else given.workers,
         "evaluate_epochs": given.evaluate_epochs or max(1, epochs // 20),

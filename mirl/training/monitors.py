@@ -38,7 +38,7 @@ class Monitor:
         self._done = start
         self._advised = False
         self._printed = time.monotonic()
-        self._writer = SummaryWriter(str(run.tensorboard), purge_step=start) if run.writes else None
+        self._writer = SummaryWriter(str(run.tensorboard), purge_step=start + 1 if start else 0) if run.writes else None
         columns = TextColumn("{task.description}"), BarColumn(20), TaskProgressColumn(), _Line()
         self._bar = Progress(
             *columns, console=console, transient=True, disable=not (run.writes and console.is_terminal)

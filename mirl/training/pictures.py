@@ -42,7 +42,7 @@ def panels(
         patches: [b, n, p] normalised as the model saw them; visible [b, v]; masked [b, m].
         predictions: one [b, m, p] per decoder.
     """
-    mean, deviation = (torch.tensor(s).view(-1, 1, 1) for s in channel_statistics(channels))
+    mean, deviation = (patches.new_tensor(s).view(-1, 1, 1) for s in channel_statistics(channels))
     truth = gather(patches, masked)
 
     def image(masked_patches: Tensor, visible_patches: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def draw(columns: Sequence[Panel], path: Path, title: str) -> None:
     rows = len(columns[0].images)
     _, _, height, width = columns[0].images.shape
     cell = 1.3
-    figure = Figure(figsize=(cell * len(columns), cell * rows * height / width + 0.55), dpi=150, layout="constrained")
+    figure = Figure(figsize=(cell * len(columns), cell * rows * height / width + 0.55), dpi=110, layout="constrained")
     figure.suptitle(title, fontsize=8)
     axes = figure.subplots(rows, len(columns), squeeze=False)
     for j, panel in enumerate(columns):

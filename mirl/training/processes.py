@@ -35,8 +35,13 @@ def launch(devices: str | int, num_nodes: int, precision: Precision) -> Fabric:
     try:
         # A CPU is one device however many cores it has; several CPU processes are asked for by number.
         count = devices if devices != "auto" or torch.cuda.is_available() else 1
-        fabric = Fabric(devices=count, num_nodes=num_nodes, precision=names[precision])
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+        if accelerator == "cpu" and precision == "16":
+            raise UserError("--precision 16 needs a GPU; give 32, bf16 or auto")
+        fabric = Fabric(accelerator=accelerator, devices=count, num_nodes=num_nodes, precision=names[precision])
         fabric.launch()
+    except UserError:
+        raise
     except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
         raise UserError(
             f"cannot use --devices {devices} --num_nodes {num_nodes}: {str(error).splitlines()[0]}"

@@ -18,7 +18,7 @@ from mirl.training.checkpoints import atomic
 
 ENTRIES = (
     *("config.yaml", "log.txt", "metrics.jsonl", "tensorboard", "checkpoints", "encoder", "autoencoder.safetensors"),
-    "pictures",
+    *("encoder.tmp", "pictures"),
 )
 console = Console(highlight=False, soft_wrap=True, emoji=False)  # "shapes:100" is not an emoji
 
@@ -66,7 +66,8 @@ class RunFolder:
             if overwrite and is_run:
                 for name in ENTRIES:
                     entry = self.path / name
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+                    folder = entry.is_dir() and not entry.is_symlink()
+                    shutil.rmtree(entry) if folder else entry.unlink(missing_ok=True)
             self.pictures.mkdir(parents=True, exist_ok=True)
             handler = logging.FileHandler(self.path / "log.txt", encoding="utf-8")
         except OSError as error:

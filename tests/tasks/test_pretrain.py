@@ -10,14 +10,20 @@ import torch
 import yaml
 from PIL import Image
 from tiny_runs import assert_same_run, losses, rows, weights
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mirl
+import mirl.methods
 from mirl.cli import main
 from mirl.data.loading import collate
 from mirl.data.sources import open_source
+from mirl.data.transforms import normalise
 from mirl.models.autoencoder import build_autoencoder
+from mirl.models.patches import gather, patchify
+from mirl.objectives.pixels import pixel_target, reconstruction_loss
 from mirl.tasks.pretrain import PretrainTask, decoder_shape, method_of, split_off_held_out
-from mirl.tasks.settings import Resolved
+from mirl.tasks.settings import Pretraining, Resolved, resolve
+from mirl.training.pictures import panels
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +62,7 @@ def test_a_run_leaves_every_file(run):
 
 
 def test_pictures_show_the_held_out_images_as_often_as_they_are_evaluated(run):
-    assert sorted(path.stem for path in (run / "pictures").iterdir()) == [f"step_{k:08d}" for k in (0, 6, 12)]
+    assert {path.stem for path in (run / "pictures").iterdir()} == {"curves", *(f"step_{k:08d}" for k in (0, 6, 12))}
     for path in (run / "pictures").iterdir():
         with Image.open(path) as picture:
             assert np.asarray(picture).std() > 1 and picture.width > picture.height  # 5 columns, 2 rows
@@ -147,3 +153,63 @@ def test_overwrite_starts_again(run, tiny, tmp_path):
     mirl.pretrain(**tiny, out=str(run), overwrite=True)
     assert losses(run) == before
     assert not (run / "pictures" / "step_00000099.png").exists()
+
+
+def test_pathlib_paths_are_welcome(tiny, tmp_path):
+    for index in range(20):
+        Image.new("RGB", (32, 32), (index, 0, 0)).save(tmp_path / f"{index}.png")
+    run = mirl.pretrain(**tiny | {"data": tmp_path, "epochs": 1}, out=tmp_path / "run")
+    again = mirl.pretrain(**tiny | {"data": tmp_path, "epochs": 1}, out=tmp_path / "again")  # pictures are not data
+    assert_same_run(run, again)
+
+
+def test_a_non_finite_loss_names_the_file(tiny, tmp_path):
+    for index in range(20):
+        Image.new("RGB", (32, 32), (index, 0, 0)).save(tmp_path / f"{index:02}.png")
+    settings = Resolved(
+        data=str(tmp_path), model="vit_ti_2", image_size=(32, 32), patch_size=(8, 8), decoder_width=32, decoder_depth=1
+    )
+    source = open_source(settings.data)
+    training, held_out = split_off_held_out(len(source))
+    task = PretrainTask(settings, source, held_out)
+    members = task.masked_images(training, lambda image: image, 0)
+    for position in (0, 7, len(training) - 1):
+        batch = members[0, position]
+        assert task.names(batch) == [source.name_of(int(training[position]))]
+        assert batch.images[0, 0, 0, 0] == training[position]  # the red of the file's own number
+
+
+@pytest.mark.parametrize(("batch", "base_lr"), [(16, 8e-3), (256, 5e-4), (1024, 1.5e-4), (4096, 1.5e-4)])
+def test_small_batches_get_a_rate_that_learns(batch, base_lr):
+    chosen = resolve(Pretraining(batch_size=batch), images=5000, shorter_side=64, gpu=False, devices=1, precision="32")
+    assert chosen.base_lr == pytest.approx(base_lr)
+
+
+@pytest.mark.parametrize(
+    ("images", "side", "gpu", "choice"),
+    [
+        (1_281_167, 375, True, ("vit_s_54", (224, 224), (16, 16), 4096, 300, 40)),
+        (50_000, 32, False, ("vit_ti_12", (32, 32), (4, 4), 512, 800, 800 * 40 / 300)),
+        (1_000, 90, False, ("vit_ti_12", (64, 64), (8, 8), 16, 800, 800 * 40 / 300)),
+        (9, 130, False, ("vit_ti_12", (128, 128), (16, 16), 9, 800, 800 * 40 / 300)),
+    ],
+)
+def test_choices_follow_from_the_data(images, side, gpu, choice):
+    s = resolve(Pretraining(data="photos"), images=images, shorter_side=side, gpu=gpu, devices=1, precision="32")
+    assert (s.model, s.image_size, s.patch_size, s.batch_size, s.epochs, s.warmup_epochs) == choice
+
+
+def test_the_loss_and_pictures_stay_on_the_device():
+    with FakeTensorMode(allow_non_fake_inputs=True):  # tensors without data that claim to be on a GPU
+        images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8, device="cuda")
+        patches = patchify(normalise(images, 3), (4, 4))
+        visible, masked = torch.arange(16, device="cuda").expand(2, -1).split([4, 12], dim=1)
+        predictions = [torch.zeros(2, 12, 48, device="cuda")] * 2
+        terms = mirl.methods.mirl(2, 2).terms
+        target = pixel_target(gather(patches, masked), "normalised")
+        loss, _ = reconstruction_loss(predictions, target, terms)
+        columns = panels(
+            patches, visible, masked, predictions, terms, target="normalised", image_size=(16, 16), patch_size=(4, 4),
+            channels=3,
+        )  # fmt: skip
+    assert {tensor.device.type for tensor in (loss, *(panel.images for panel in columns))} == {"cuda"}

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from tiny_runs import assert_one_line, assert_same_run, command, finish, flags, interrupted, losses, rows, wait_for_rows
 
 import mirl
@@ -149,3 +150,21 @@ def test_resume_without_a_run_is_an_error(options, tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         mirl.pretrain(**options, resume=True)
     assert not Path(options["out"]).exists()
+
+
+def test_resume_refuses_data_that_have_grown(options, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for index in range(40):
+        Image.new("RGB", (32, 32), (index, 0, 0)).save(photos / f"{index:02}.png")
+    options = options | {"data": str(photos)}
+    interrupted(options, after=1)
+    Image.new("RGB", (32, 32)).save(photos / "new.png")
+    with pytest.raises(UserError, match="began with 40 images and the data now have 41"):
+        mirl.pretrain(**options, resume=True)
+
+
+def test_resume_takes_the_remedies_that_an_error_names(options):
+    interrupted(options, after=1)
+    run = mirl.pretrain(**options | {"micro_batch": 8, "clip_grad": 1.0, "precision": "bf16"}, resume=True)
+    assert "resumed at step" in (run / "log.txt").read_text()

@@ -12,6 +12,7 @@ from mirl.errors import UserError
 from mirl.training import loop, processes
 from mirl.training.checkpoints import saved_steps
 from mirl.training.runs import RunFolder
+from mirl.training.steps import probe
 
 BATCH = 12
 
@@ -71,7 +72,17 @@ def run(tmp_path):
     folder.close()
 
 
-def train(run, task, *, steps=2, micro_batch=BATCH, batches=None, clip_grad=None, checkpoint_seconds=1e9):
+def train(
+    run,
+    task,
+    *,
+    steps=2,
+    micro_batch=BATCH,
+    batches=None,
+    clip_grad=None,
+    checkpoint_seconds=1e9,
+    checkpoint_steps=1000,
+):
     """Run the loop for `steps` and return the weights, the progress and the rows of the training steps."""
     if batches is None:
         batches = [chunk(range(k, k + micro_batch)) for k in range(0, steps * BATCH, micro_batch)]
@@ -79,7 +90,7 @@ def train(run, task, *, steps=2, micro_batch=BATCH, batches=None, clip_grad=None
     plan = loop.Plan(
         steps=steps, steps_per_epoch=steps, batch_size=BATCH, micro_batches=math.ceil(BATCH / micro_batch),
         rate=lambda _: 0.1, clip_grad=clip_grad, evaluate_every=1000, checkpoint_seconds=checkpoint_seconds,
-        samples=1000, max_bad=0.1,
+        checkpoint_steps=checkpoint_steps, samples=1000, max_bad=0.1,
     )  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters())
     fabric = processes.launch("auto", 1, "32")
@@ -164,7 +175,7 @@ def test_a_skipped_step_changes_nothing(run, tmp_path):
 
 
 def test_five_skipped_in_a_row_stop_with_advice_and_the_last_checkpoint_stays(run):
-    with pytest.raises(UserError, match=r"5 steps in a row .*--clip_grad 1.*--base_lr.*--precision 32"):
+    with pytest.raises(UserError, match=r"5 steps in a row .*--resume and --clip_grad 1 or --precision 32.*--base_lr"):
         train(run, Unstable(), steps=20, checkpoint_seconds=0)
     newest = saved_steps(run.checkpoints)[0]
     state = torch.load(loop.checkpoints.checkpoint_path(run.checkpoints, newest), weights_only=True)
@@ -183,3 +194,17 @@ def test_the_gradient_is_clipped_and_its_true_norm_recorded(run, whole):
 def test_too_many_processes_are_a_user_error():
     with pytest.raises(UserError, match="--devices 0"):
         processes.launch(0, 1, "32")
+
+
+def test_checkpoints_come_after_so_many_steps(run):
+    train(run, Regression(), steps=5, checkpoint_steps=2)
+    assert saved_steps(run.checkpoints) == [5, 4]
+
+
+def test_the_probe_halves_until_it_fits(run):
+    fabric = processes.launch("auto", 1, "32")
+    task = Regression(fits=3)
+    size, seconds = probe(fabric, task, network(), 12, run)
+    assert (size, task.sizes) == (3, [12, 6, 3, 3])
+    assert seconds > 0
+    assert "12 images at once do not fit in GPU memory; taking 3" in log(run)

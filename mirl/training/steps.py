@@ -1,0 +1,144 @@
+"""One optimizer step: its gradients over micro-batches, and how many images fit in memory at once."""
+
+import math
+import time
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mirl.data.loading import Batch
+from mirl.errors import UserError
+from mirl.training.processes import Fabric, as_one, over_processes
+from mirl.training.runs import RunFolder
+
+
+class Task(Protocol):
+    """What a command trains."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Return per-image values [b]: `loss`, which is minimised, and whatever else should be recorded."""
+
+    def draw(self, run: RunFolder, step: int, epoch: float) -> None:
+        """Write pictures after an evaluation; called in the first process only."""
+
+    def example(self, size: int) -> Batch:
+        """Return a batch of `size` meaningless images, to measure memory and time with."""
+
+    def names(self, batch: Batch) -> list[str]:
+        """Name the batch's images."""
+
+
+def probe(fabric: Fabric, task: Task, model: nn.Module, micro_batch: int, run: RunFolder) -> tuple[int, float]:
+    """Find a micro-batch that fits and measure the seconds that an image takes, by forward and backward passes.
+
+    On a GPU the size is halved until it fits; all processes take the smallest found. A CPU keeps the size given.
+    """
+    gpu = fabric.device.type == "cuda"
+    model.to(fabric.device)
+    # Room for what a step needs besides: two moments of AdamW, and the buckets of several processes.
+    reserve = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(3)] if gpu else []
+    size = micro_batch
+    with as_one(fabric):
+        while (measured := _try(fabric, task, model, size if gpu else min(size, 16))) is None:
+            if size == 1:
+                raise UserError("one image does not fit in GPU memory; choose a smaller model or image")
+            size //= 2
+    del reserve
+    if gpu:
+        torch.cuda.empty_cache()
+    seconds = measured or 0.0
+    size = int(over_processes(fabric, torch.tensor(float(size)), "min"))
+    if size < micro_batch:
+        run.say(f"{micro_batch} images at once do not fit in GPU memory; taking {size}")
+    return size, seconds
+
+
+def _try(fabric: Fabric, task: Task, model: nn.Module, images: int) -> float | None:
+    """Return the seconds an image takes when so many are computed at once, or None if they do not fit."""
+    try:
+        for _ in range(2):  # the first pass warms up
+            began = time.monotonic()
+            with fabric.autocast():
+                loss = task.loss(model, task.example(images).to(fabric.device))["loss"].mean()
+            loss.backward()
+            loss.item()
+        return (time.monotonic() - began) / images
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        model.zero_grad()
+
+
+class Accumulator:
+    """Gradients of a step over its micro-batches; computes smaller pieces at once when a GPU's memory is short."""
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        task: Task,
+        model: Any,
+        optimizer: torch.optim.Optimizer,
+        clip_grad: float | None,
+        run: RunFolder,
+    ) -> None:
+        self.fabric, self.task, self.model, self.optimizer, self.run = fabric, task, model, optimizer, run
+        self.clip = clip_grad or math.inf
+        self.piece = 0  # images computed at once; 0: whole micro-batches
+
+    def step(self, chunks: list[Batch]) -> tuple[dict[str, float], float]:
+        """Do one optimizer step; return the mean of each recorded value and the gradient norm before clipping."""
+        while (means := self._gradients_that_fit(chunks)) is None:
+            self._halve(len(chunks[0]))
+        total = self.fabric.clip_gradients(self.model, self.optimizer, max_norm=self.clip, error_if_nonfinite=False)
+        assert total is not None
+        norm = float(total)
+        # The fp16 loss scaler must see an overflow to lower its scale; it skips the update itself.
+        if is_finite(means, norm) or self.fabric.strategy.precision.state_dict():
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return means, norm
+
+    def _gradients_that_fit(self, chunks: list[Batch]) -> dict[str, float] | None:
+        try:
+            return self._gradients(chunks)
+        except torch.OutOfMemoryError:  # memory is free again only once this error, which holds activations, is gone
+            return None
+
+    def _gradients(self, chunks: list[Batch]) -> dict[str, float]:
+        images = sum(len(chunk) for chunk in chunks)
+        pieces = [piece for chunk in chunks for piece in chunk.pieces(self.piece or len(chunk))]
+        sums: dict[str, Tensor] = {}
+        for number, piece in enumerate(pieces, start=1):
+            with self.fabric.no_backward_sync(self.model, enabled=number < len(pieces)):
+                values = self.task.loss(self.model, piece.to(self.fabric.device))
+                self.fabric.backward(values["loss"].sum() / images)
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0) + value.detach().sum()
+        means = torch.stack(list(sums.values())) / images
+        return dict(zip(sums, over_processes(self.fabric, means, "mean").tolist(), strict=True))
+
+    def _halve(self, micro_batch: int) -> None:
+        size = self.piece or micro_batch
+        if size == 1 or self.fabric.world_size > 1:  # processes must agree on the number of pieces
+            remedy = "a smaller model or image" if size == 1 else f"--micro_batch {max(1, size // 2)}"
+            raise UserError(f"out of GPU memory with {size} images at once; try {remedy}")
+        self.piece = size // 2
+        self.optimizer.zero_grad()
+        torch.cuda.empty_cache()
+        self.run.say(f"out of GPU memory with {size} images at once; going on with {self.piece}")
+
+    @torch.no_grad()
+    def culprits(self, chunks: list[Batch]) -> list[str]:
+        """Name the images whose own loss is not finite; if none is, the gradient alone overflowed."""
+        names = []
+        for chunk in chunks:
+            for piece in chunk.pieces(self.piece or len(chunk)):
+                finite = self.task.loss(self.model, piece.to(self.fabric.device))["loss"].isfinite().tolist()
+                names += [name for name, good in zip(self.task.names(piece), finite, strict=True) if not good]
+        return names
+
+
+def is_finite(means: dict[str, float], norm: float) -> bool:
+    """Tell whether a step may be taken: a loss can overflow where its gradient does not, and the other way round."""
+    return math.isfinite(means["loss"]) and math.isfinite(norm)
