@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+# Runs are compared bit for bit with runs in other processes; sums depend on how many threads share them.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("MIRL_SHARED", REPOSITORY.parent / "shared"))
 

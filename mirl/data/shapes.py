@@ -244,7 +244,7 @@ LMS_TO_RGB = np.array([[4.0767, -3.3077, 0.2310], [-1.2684, 2.6098, -0.3413], [-
 def _colours(rng: np.random.Generator) -> Field:
     """Return colours [6, 3] in 0 to 255: three regions' bases, then their swings; a texture spans base +- swing."""
     shift, contrast, turn, chroma = rng.random((4, 3, 1))
-    lightness = rng.permutation(LIGHTNESS)[:, None] + 0.06 * (shift - 0.5) + (0.02 + 0.03 * contrast) * ENDS
+    lightness = rng.permutation(LIGHTNESS)[:, None] + 0.06 * (shift - 0.5) + (0.01 + 0.02 * contrast) * ENDS
     hue = math.tau * rng.random() + THIRDS + 0.8 * (turn - 0.5) + 0.2 * (contrast - 0.5) * ENDS
     colours = 255 * _oklch_to_srgb(lightness, 0.06 + 0.10 * chroma, hue)
     low, high = colours[..., 0], colours[..., 1]

@@ -179,10 +179,10 @@ class PretrainTask:
         return Batch(images, visible, masked, torch.zeros(size, dtype=torch.int64))
 
     def draw(self, run: RunFolder, step: int, epoch: float) -> None:
-        """Write the picture of this moment: the first held-out images, with fixed masks."""
+        """Write the picture of this moment: six of the held-out images, with fixed masks."""
         device = self.autoencoder.positions.device
-        chosen = [self.held_out[0, i] for i in range(min(PICTURED, len(self.held_out)))]
-        batch = collate(chosen).to(device)
+        spread = np.unique(np.linspace(0, len(self.held_out) - 1, PICTURED).astype(int))
+        batch = collate([self.held_out[0, int(i)] for i in spread]).to(device)
         patches = patchify(normalise(batch.images, self.settings.channels), self.patch_size)
         predictions = self.autoencoder(patches, batch.visible, batch.masked)
         columns = panels(

@@ -77,7 +77,7 @@ class Pretraining:
     flip: bool = True
     """mirror half of the images"""
     epochs: int | None = None
-    """passes over the data; by default 300 from 100,000 images on (the paper), 800 for fewer, 20 for `shapes`"""
+    """passes over the data; by default 300 from 100,000 images on (the paper), 800 for fewer, 5 for `shapes`"""
     batch_size: int | None = None
     """images in one optimizer step over all devices; by default a power of two near images / 50, from 16 to 4096"""
     micro_batch: int | None = None
@@ -102,7 +102,7 @@ class Pretraining:
     num_nodes: int = 1
     """machines"""
     workers: int | None = None
-    """data workers per device; by default one per core and device, at most 16"""
+    """data workers per device; by default one per core of a GPU, at most 16; on a CPU few or none"""
     resume: bool = False
     """go on with the run in --out; options that are not given are the run's own"""
     overwrite: bool = False
@@ -221,7 +221,7 @@ def resolve(
     size, patch = next((size, patch) for limit, size, patch in SIZES if shorter_side <= limit)
     if given.image_size is not None:
         patch = default_patch(given.image_size)
-    epochs = given.epochs or (20 if built_in(given) else PAPER_EPOCHS if images >= 100_000 else 800)
+    epochs = given.epochs or (5 if built_in(given) else PAPER_EPOCHS if images >= 100_000 else 800)
     batch = given.batch_size or default_batch(images, devices)
     if batch > images:
         raise UserError(f"--batch_size {batch} is more than the {images} training images; give at most {images}")
@@ -239,7 +239,7 @@ def resolve(
         "warmup_epochs": epochs * PAPER_WARMUP / PAPER_EPOCHS if given.warmup_epochs is None else given.warmup_epochs,
         "base_lr": given.base_lr or max(PAPER_LR, SMALL_PEAK * 256 / batch),
         "precision": precision,
-        "workers": min(16, max(1, cores * given.num_nodes // devices)) if given.workers is None else given.workers,
+        "workers": default_workers(cores * given.num_nodes // devices, gpu) if given.workers is None else given.workers,
         "evaluate_epochs": given.evaluate_epochs or max(1, epochs // 20),
     }
     return Resolved(**dataclasses.asdict(given) | choices)
@@ -255,6 +255,11 @@ def default_batch(images: int, devices: int) -> int:
     power = 2 ** max(0, (images // 50).bit_length() - 1)
     batch = min(images, PAPER_BATCH, max(16, power))
     return max(devices, batch - batch % devices)
+
+
+def default_workers(cores: int, gpu: bool) -> int:
+    """Return one data worker for each core of a GPU; on a CPU few, because they take cores from the training."""
+    return min(16, max(1, cores)) if gpu else max(0, cores // 2 - 1)
 
 
 def default_patch(image_size: int | Sequence[int]) -> int:

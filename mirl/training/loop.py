@@ -125,7 +125,14 @@ def fit(
     batches = iter(training)
     saved_at = time.monotonic()
     start, in_a_row = progress.step, 0
-    monitor = Monitor(run, start=start, steps=plan.steps, steps_per_epoch=plan.steps_per_epoch, images=plan.batch_size)
+    monitor = Monitor(
+        run,
+        start=start,
+        steps=plan.steps,
+        steps_per_epoch=plan.steps_per_epoch,
+        images=plan.batch_size,
+        advise=fabric.device.type == "cuda",
+    )
     with stop_signals(fabric) as stop_requested, monitor:
         if start == 0:
             evaluate(fabric, task, plain, held_out, run, monitor, progress, plan)

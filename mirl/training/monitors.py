@@ -30,13 +30,16 @@ class Monitor:
     Args:
         images: in one step, over all processes.
         steps_per_epoch: to name the epoch.
+        advise: say so when data are slow; on a CPU, which reads and trains with the same cores, there is no remedy.
     """
 
-    def __init__(self, run: RunFolder, *, start: int, steps: int, steps_per_epoch: int, images: int) -> None:
+    def __init__(
+        self, run: RunFolder, *, start: int, steps: int, steps_per_epoch: int, images: int, advise: bool
+    ) -> None:
         self.run, self.start, self.steps, self.steps_per_epoch, self.images = run, start, steps, steps_per_epoch, images
         self._recent: deque[tuple[float, float]] = deque(maxlen=WINDOW)
         self._done = start
-        self._advised = False
+        self._advised = not advise
         self._printed = time.monotonic()
         self._writer = SummaryWriter(str(run.tensorboard), purge_step=start + 1 if start else 0) if run.writes else None
         columns = TextColumn("{task.description}"), BarColumn(20), TaskProgressColumn(), _Line()

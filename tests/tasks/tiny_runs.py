@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import mirl
 
 COMMAND = str(Path(sys.executable).with_name("mirl"))
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def flags(options):
