@@ -36,7 +36,7 @@ def features(encoder: Any, images: torch.Tensor) -> np.ndarray:
 
 
 def pixels(images: torch.Tensor) -> np.ndarray:
-    """Return the images themselves at 32 px [b, 3072], which classify as well as at full size and far faster."""
+    """Return the images themselves [b, 3072], at 32 px to be quick."""
     return fixed_view(images, (32, 32)).flatten(1).numpy() / 255
 
 
@@ -56,8 +56,8 @@ def main(run: Path, train: int = 4000, test: int = 1000) -> dict[str, dict[str, 
     torch.manual_seed(0)
     untrained = build_encoder(trained.embed_dim, heads, len(trained.blocks), size, trained.patch_embed.patch_size, 3)
     images, labels = [], []
-    for data in (Shapes(train), Shapes(test, split="val")):
-        images.append(torch.stack([fixed_view(data.read(i), size) for i in range(len(data))]))
+    for data in (Shapes(train, size=size), Shapes(test, size=size, split="val")):
+        images.append(torch.stack([data.read(i) for i in range(len(data))]))
         labels.append(np.array([data.label_of(i) for i in range(len(data))]))
     print(f"10 classes of shapes, {train} labelled images, {test} test images; chance is 10 %", flush=True)
     table = {}

@@ -134,7 +134,7 @@ def open_source(data: str | Path, *, channels: int = 3, download: bool = False) 
     Args:
         data: a folder (searched below, in the order of relative paths), a glob such as `photos/**/*.jpg`, a list file
             (one path a line, relative to the list's folder; blank lines and lines that start with # are skipped),
-            `shapes` or `shapes:COUNT`, or a name in `TORCHVISION_SETS`.
+            `shapes`, `shapes:COUNT` or `shapes:COUNT:PIXELS`, or a name in `TORCHVISION_SETS`.
         channels: channels of every image; other than 1, 3 and 4 only `.npy` files are images.
         download: fetch a torchvision set that is not in the cache folder.
 
@@ -160,14 +160,17 @@ def open_source(data: str | Path, *, channels: int = 3, download: bool = False) 
     raise UserError(_missing(text))
 
 
-def _open_shapes(count: str, channels: int) -> Source:
-    from mirl.data.shapes import Shapes
+def _open_shapes(text: str, channels: int) -> Source:
+    from mirl.data.shapes import MIN_SIZE, Shapes
 
     if channels != 3:
         raise UserError(f"shapes are RGB images but channels is {channels}; give channels 3 or your own images")
+    count, colon, size = text.partition(":")
     if not count.isdecimal() or int(count) < 1:
-        raise UserError(f"'shapes:{count}' has no valid count; give a whole number from 1, such as shapes:10000")
-    return Shapes(int(count))
+        raise UserError(f"'shapes:{text}' has no valid count; give a whole number from 1, such as shapes:10000")
+    if colon and not (size.isdecimal() and int(size) >= MIN_SIZE):
+        raise UserError(f"'shapes:{text}' has no valid size; give pixels from {MIN_SIZE} on, such as shapes:10000:64")
+    return Shapes(int(count), size=int(size) if colon else 64)
 
 
 def _open_folder(folder: str, channels: int) -> ImageFiles:

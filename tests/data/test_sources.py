@@ -193,6 +193,9 @@ def test_source_travels_to_workers(photos):
 
 def test_shapes(photos):
     assert len(open_source("shapes")) == 10_000
+    assert open_source("shapes:5:48").read(0).shape == (3, 48, 48)
+    for size in ("8", "-1", "large", ""):
+        assert "shapes:10000:64" in error(f"shapes:5:{size}")
     source = open_source("shapes:12")
     assert len(source) == 12 and source.read(3).shape == (3, 64, 64) and source.read(3).dtype == torch.uint8
     for count in ("0", "-1", "many", "", "1.5"):
