@@ -49,8 +49,11 @@ def test_predictions_loss_and_gradients(official):
     visible, masked = split(outputs["noise"], ratio)
     patches = patchify(outputs["images"], model.patch_size)
     order = torch.cat([visible, masked], 1)
+    differences = []
     for number, prediction in enumerate(model(patches, visible, masked, all_patches=True)):
-        torch.testing.assert_close(prediction, gather(outputs[f"pred{number}"], order), atol=1e-5, rtol=0)
+        expected = gather(outputs[f"pred{number}"], order)
+        torch.testing.assert_close(prediction, expected, atol=1e-5, rtol=0)
+        differences.append((prediction - expected).abs().max().item())
 
     target = pixel_target(gather(patches, masked), "normalised")
     loss, terms = reconstruction_loss(model(patches, visible, masked), target, model.method.terms)
@@ -59,12 +62,16 @@ def test_predictions_loss_and_gradients(official):
 
     loss.mean().backward()
     ours = dict(model.named_parameters())
-    compared = 0
+    compared, relative = 0, []
     for official_name, names in official_mirl.parameter_names(model).items():
         if (expected := outputs.get(f"gradnorm/{official_name}")) is not None:
             norm = torch.cat([ours[name].grad.flatten() for name in names]).norm()
             torch.testing.assert_close(norm, expected.to(norm.dtype), atol=0, rtol=1e-4, msg=official_name)
             compared += 1
+            relative.append((norm / expected - 1).abs().item())
+    losses = (terms.mean(1) - outputs["loss_terms"]).abs().max(), (loss.mean() - outputs["loss"]).abs()
+    print(f"largest differences: predictions {max(differences):.1e}, terms {losses[0]:.1e}, loss {losses[1]:.1e}, "
+          f"gradient norms {max(relative):.1e} relative")  # fmt: skip
     assert compared == sum(name.startswith("gradnorm/") for name in outputs) == 337
 
 
