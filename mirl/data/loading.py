@@ -1,4 +1,4 @@
-"""Batches of masked images that depend on (seed, epoch, sample index) alone.
+"""Batches of images that depend on (seed, epoch, sample index) alone.
 
 Order is a function of (seed, epoch); crop, flip and mask are functions of (seed, epoch, index), drawn in the data
 worker. So neither the number of workers nor of processes nor an interruption changes what a run sees.
@@ -6,13 +6,14 @@ worker. So neither the number of workers nor of processes nor an interruption ch
 
 import multiprocessing
 import os
+import random
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -29,58 +30,86 @@ Key = tuple[int, int]  # (epoch, sample index)
 MAX_CONSECUTIVE_BAD = 100
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Masked images: `images` uint8 [b, c, h, w], patch indices `visible` [b, v] and `masked` [b, m], and where
-    in the source they came from, `indices` [b].
+    """Images, uint8 [b, c, h, w], and where in the source they came from, `indices` [b].
 
-    `bad` lists (name, reason) of files that could not be read and were replaced by the next readable ones.
+    `bad` lists (name, reason) of files that could not be read.
     """
 
     images: Tensor
-    visible: Tensor
-    masked: Tensor
     indices: Tensor
     bad: tuple[tuple[str, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        tensors = {f.name: change(getattr(self, f.name)) for f in fields(self) if f.name != "bad"}
-        return Batch(**tensors, bad=self.bad)
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Apply `change` to every tensor."""
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in self._tensors()}
+        return replace(self, **changed)
 
-    def to(self, device: torch.device) -> "Batch":
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+    def to(self, device: torch.device) -> Self:
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> "Batch":
-        return self._map(Tensor.pin_memory)
+    def pin_memory(self) -> Self:
+        return self.map(Tensor.pin_memory)
 
-    def pieces(self, size: int) -> list["Batch"]:
+    def pieces(self, size: int) -> list[Self]:
         """Cut into batches of at most `size` images."""
-        return [self._map(lambda tensor: tensor[slice(i, i + size)]) for i in range(0, len(self), size)]  # noqa: B023
+        return [self.map(lambda tensor: tensor[slice(i, i + size)]) for i in range(0, len(self), size)]  # noqa: B023
+
+    @classmethod
+    def _tensors(cls) -> list[str]:
+        return [field.name for field in fields(cls) if field.name != "bad"]
+
+
+B = TypeVar("B", bound=Batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedBatch(Batch):
+    """Images with patch indices `visible` [b, v] and `masked` [b, m]."""
+
+    visible: Tensor
+    masked: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledBatch(Batch):
+    """Images with the indices of their classes, int64 `labels` [b]."""
+
+    labels: Tensor
 
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Make torch's random numbers a function of `key` inside the block, and leave their state as it was."""
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+    """Make random numbers of torch's CPU, NumPy and Python functions of `key` in the block; leave them as they were.
+
+    timm's augmentations draw from all three.
+    """
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    seeds = np.random.SeedSequence(key).generate_state(2, np.uint64)
+    torch.default_generator.manual_seed(int(seeds[0]))
+    np.random.seed(int(seeds[1] >> 32))  # noqa: NPY002
+    random.seed(int(seeds[1]))
     try:
         yield
     finally:
-        torch.set_rng_state(state)
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        random.setstate(states[2])
 
 
-class MaskedImages(Dataset[Batch]):
-    """Views of a source's `members`, each with a random mask.
+class Views(Dataset[Batch]):
+    """Views of a source's `members`, one image a batch; `collate` joins them.
 
     Args:
         members: indices into `source`; sample i of this data set is `source.read(members[i])`.
         view: maps uint8 [c, h, w] to the model's image size; may draw random numbers.
-        patches: number of patches n; mask_ratio: share of them that is masked.
-        patch_size: images smaller than one patch are bad images.
+        smallest: (height, width); smaller images are bad images.
         key: numbers that, with (epoch, index), determine everything random.
+        substitute: take the next readable image for one that cannot be read. If False the batch is empty.
     """
 
     def __init__(
@@ -89,13 +118,12 @@ class MaskedImages(Dataset[Batch]):
         members: np.ndarray,
         view: Callable[[Tensor], Tensor],
         *,
-        patches: int,
-        patch_size: Size,
-        mask_ratio: float,
-        key: tuple[int, ...],
+        smallest: Size = (1, 1),
+        key: tuple[int, ...] = (),
+        substitute: bool = False,
     ) -> None:
         self.source, self.members, self.view, self.key = source, members, view, key
-        self.patches, self.patch_size, self.mask_ratio = patches, patch_size, mask_ratio
+        self.smallest, self.substitute = smallest, substitute
 
     def __len__(self) -> int:
         return len(self.members)
@@ -103,38 +131,72 @@ class MaskedImages(Dataset[Batch]):
     def __getitem__(self, key: Key) -> Batch:
         epoch, index = key
         image, member, bad = self._read(index)
+        if image is None:
+            return Batch(images=torch.empty(0, 0, 0, 0), indices=torch.empty(0), bad=bad)
         with seeded(*self.key, epoch, index):
-            image = self.view(image)
-            visible, masked = split(torch.rand(self.patches), self.mask_ratio)
-        return Batch(image[None], visible[None], masked[None], torch.tensor([member]), bad)
+            return replace(self._batch(image, member), bad=bad)
 
-    def _read(self, index: int) -> tuple[Tensor, int, tuple[tuple[str, str], ...]]:
+    def _batch(self, image: Tensor, member: int) -> Batch:
+        """Make a batch of one image, uint8 [c, h, w]."""
+        return Batch(images=self.view(image)[None], indices=torch.tensor([member]))
+
+    def _read(self, index: int) -> tuple[Tensor | None, int, tuple[tuple[str, str], ...]]:
         """Return the image, its index in the source, and the unusable files that it stands in for."""
         bad: list[tuple[str, str]] = []
-        for shift in range(min(MAX_CONSECUTIVE_BAD, len(self))):
+        for shift in range(min(MAX_CONSECUTIVE_BAD, len(self)) if self.substitute else 1):
             # Neighbours first, then ever farther: a whole broken folder must not stop the run.
             offset = shift if shift < 10 else shift * shift
             member = int(self.members[(index + offset) % len(self)])
             try:
                 image = self.source.read(member)
                 height, width = image.shape[-2:]
-                if height < self.patch_size[0] or width < self.patch_size[1]:
+                if height < self.smallest[0] or width < self.smallest[1]:
                     raise BadImage(
-                        f"is {height}x{width} px, smaller than a patch ({self.patch_size[0]}x{self.patch_size[1]})"
+                        f"is {height}x{width} px, smaller than a patch ({self.smallest[0]}x{self.smallest[1]})"
                     )
                 return image, member, tuple(bad)
             except BadImage as error:
                 bad.append((self.source.name_of(member), error.reason))
+        if not self.substitute:
+            return None, member, tuple(bad)
         name, reason = bad[-1]
         raise UserError(f"{len(bad)} images in a row cannot be used, the last: {name} {reason}; check the data")
 
 
-def collate(samples: Sequence[Batch]) -> Batch:
-    """Join samples of one image each to a batch."""
-    tensors = {
-        f.name: torch.cat([getattr(sample, f.name) for sample in samples]) for f in fields(Batch) if f.name != "bad"
-    }
-    return Batch(**tensors, bad=tuple(bad for sample in samples for bad in sample.bad))
+class MaskedImages(Views):
+    """Views with a random mask each.
+
+    Args:
+        patches: number of patches n; mask_ratio: share of them that is masked. The others are those of `Views`.
+    """
+
+    def __init__(self, *views: Any, patches: int, mask_ratio: float, **options: Any) -> None:
+        super().__init__(*views, **options)
+        self.patches, self.mask_ratio = patches, mask_ratio
+
+    def _batch(self, image: Tensor, member: int) -> MaskedBatch:
+        images = self.view(image)[None]
+        visible, masked = split(torch.rand(1, self.patches), self.mask_ratio)
+        return MaskedBatch(images=images, indices=torch.tensor([member]), visible=visible, masked=masked)
+
+
+class LabelledImages(Views):
+    """Views with their classes: `labels` [n], one for each image of the source."""
+
+    def __init__(self, *views: Any, labels: np.ndarray, **options: Any) -> None:
+        super().__init__(*views, **options)
+        self.labels = labels
+
+    def _batch(self, image: Tensor, member: int) -> LabelledBatch:
+        label = torch.tensor([int(self.labels[member])])
+        return LabelledBatch(images=self.view(image)[None], indices=torch.tensor([member]), labels=label)
+
+
+def collate(samples: Sequence[B]) -> B:
+    """Join samples of one image, or of none, to a batch."""
+    read = [sample for sample in samples if len(sample)] or samples[:1]
+    tensors = {name: torch.cat([getattr(sample, name) for sample in read]) for name in read[0]._tensors()}
+    return replace(read[0], **tensors, bad=tuple(bad for sample in samples for bad in sample.bad))
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -179,9 +241,7 @@ class StepSampler(Sampler[list[Key]]):
                 yield keys[i : i + self.micro_batch]
 
 
-def load(
-    dataset: MaskedImages, batches: Sampler[list[Key]] | list[list[Key]], *, workers: int, pin: bool
-) -> DataLoader[Batch]:
+def load(dataset: Views, batches: Sampler[list[Key]] | list[list[Key]], *, workers: int, pin: bool) -> DataLoader[Any]:
     """Read `batches` of keys with `workers` processes (0: in this one)."""
     return _Loader(
         dataset,

@@ -9,12 +9,12 @@ from timm.models import save_for_hf
 from mirl.data.transforms import channel_statistics
 from mirl.models.autoencoder import Autoencoder
 from mirl.models.encoder import parse_model, timm_arguments
-from mirl.tasks.settings import Resolved
+from mirl.tasks.settings import Resolved, ResolvedRun
 from mirl.training.checkpoints import atomic
 from mirl.training.runs import RunFolder
 
 
-def export(model: Autoencoder, settings: Resolved, run: RunFolder) -> None:
+def export(model: Autoencoder, settings: Resolved, saved: ResolvedRun, run: RunFolder) -> None:
     """Write `encoder/`, which timm opens, and `autoencoder.safetensors`, which holds the decoders too."""
     encoder, channels = model.encoder, settings.channels
     mean, deviation = channel_statistics(channels)
@@ -38,7 +38,7 @@ def export(model: Autoencoder, settings: Resolved, run: RunFolder) -> None:
     fresh.rename(run.encoder)
     state = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
     with atomic(run.autoencoder) as temporary:
-        save_file(state, temporary, metadata={"format": "pt", "mirl": json.dumps(settings.saved())})
+        save_file(state, temporary, metadata={"format": "pt", "mirl": json.dumps(saved.saved())})
 
 
 def how_to_use(run: RunFolder, settings: Resolved) -> str:

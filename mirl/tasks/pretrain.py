@@ -1,44 +1,40 @@
 """`mirl pretrain`: from images to an encoder. Model, objective and data meet here through plain tensors."""
 
-import errno
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mirl.data.decode import BadImage
-from mirl.data.loading import Batch, MaskedImages, StepSampler, collate, load
+from mirl.data.loading import MaskedBatch, MaskedImages, collate
 from mirl.data.sources import Source, open_source
 from mirl.data.transforms import fixed_view, normalise, training_view
 from mirl.errors import UserError
 from mirl.methods import Method, mae, mirl
-from mirl.models.autoencoder import build_autoencoder
+from mirl.models.autoencoder import Autoencoder, build_autoencoder
 from mirl.models.decoder import DecoderShape
 from mirl.models.encoder import check_sizes, parse_model
 from mirl.models.masking import split, visible_count
 from mirl.models.patches import gather, grid_size, patchify
 from mirl.objectives.pixels import pixel_target, reconstruction_loss
 from mirl.tasks.export import export, how_to_use
-from mirl.tasks.settings import Pretraining, Resolved, resolve, resumed
-from mirl.training import loop, processes
-from mirl.training.monitors import duration
+from mirl.tasks.run import RunnableTask, carry_out
+from mirl.tasks.settings import Pretraining, Resolved, ResolvedRun, resolve, resumed
+from mirl.training import processes
 from mirl.training.optimizers import adamw
 from mirl.training.pictures import draw, panels
 from mirl.training.runs import RunFolder, read_config
 from mirl.training.schedules import learning_rate
-from mirl.training.steps import probe
 
 BETAS = (0.9, 0.95)
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.02, 2000
 TRAINING, HELD_OUT = 0, 1  # streams of random numbers
 PICTURED = 6
-LONG = 24 * 3600  # seconds after which a run deserves a warning
 SAMPLED = 64  # images looked at to choose the image size
 
 
@@ -64,91 +60,37 @@ def pretrain(**options: Any) -> Path:
             devices=fabric.world_size, precision=precision,
         )  # fmt: skip
         torch.manual_seed(settings.seed)
-        task = PretrainTask(settings, source, held_out)
+        task = PretrainTask(settings, source, training, held_out)
         run = RunFolder(
             settings.run_folder, resume=settings.resume, overwrite=settings.overwrite, writes=fabric.is_global_zero
         )
-    try:
-        micro_batch, seconds = probe(fabric, task, task.autoencoder, settings.micro_batch, run)
-        settings = replace(settings, micro_batch=micro_batch)
-        run.write_config(settings.saved())
-        for line in summary(settings, task, fabric.device, len(training), len(held_out), seconds / fabric.world_size):
-            run.say(line)
-        _train(fabric, settings, task, training, run)
-        if fabric.is_global_zero:
-            export(task.autoencoder, settings, run)
-            run.say(how_to_use(run, settings))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise UserError(
-            f"cannot write to {run.path}: {error.strerror}; the last checkpoint is kept; free space, then add --resume"
-        ) from error
-    finally:
-        run.close()
+    carry_out(fabric, settings, task, run)
     return run.path
 
 
-def _train(
-    fabric: processes.Fabric, settings: Resolved, task: "PretrainTask", training: np.ndarray, run: RunFolder
-) -> None:
-    steps_per_epoch = len(training) // settings.batch_size
-    steps = steps_per_epoch * settings.epochs
-    peak = peak_rate(settings)
-    warmup = min(1.0, settings.warmup_epochs / settings.epochs)
-    model = task.autoencoder
-    optimizer = adamw(model, lr=peak, weight_decay=settings.weight_decay, betas=BETAS, fused=settings.precision != "16")
-    progress = loop.restore(fabric, run, model, optimizer, len(task.source)) if settings.resume else loop.Progress()
-    run.forget_after(progress.step)
-    if progress.step >= steps:
-        run.say(f"the run is complete ({steps} steps); a longer one needs another --out")
-        return
-    if progress.step:
-        run.say(f"resumed at step {progress.step} of {steps}")
-    plan = loop.Plan(
-        steps=steps,
-        steps_per_epoch=steps_per_epoch,
-        batch_size=settings.batch_size,
-        micro_batches=math.ceil(settings.batch_size / fabric.world_size / settings.micro_batch),
-        rate=lambda step: learning_rate(step / steps, peak, warmup, settings.schedule),
-        clip_grad=settings.clip_grad,
-        evaluate_every=settings.evaluate_epochs * steps_per_epoch,
-        checkpoint_seconds=settings.checkpoint_minutes * 60,
-        checkpoint_steps=settings.checkpoint_steps or steps,
-        samples=len(task.source),
-        max_bad=settings.max_bad,
-    )
-    sampler = StepSampler(
-        len(training), settings.batch_size, settings.micro_batch, seed=settings.seed, start=progress.step, stop=steps,
-        rank=fabric.global_rank, world_size=fabric.world_size,
-    )  # fmt: skip
-    view = training_view(task.image_size, settings.min_crop, settings.flip)
-    pin = fabric.device.type == "cuda"
-    batches = load(task.masked_images(training, view, TRAINING), sampler, workers=settings.workers, pin=pin)
-    mine = list(range(len(task.held_out)))[fabric.global_rank :: fabric.world_size] or [0]
-    keys = [[(0, i) for i in mine[k : k + settings.micro_batch]] for k in range(0, len(mine), settings.micro_batch)]
-    held_out = load(task.held_out, keys, workers=settings.workers, pin=pin)
-    loop.fit(fabric, task, model, optimizer, run, plan, progress, batches, held_out)
-
-
-class PretrainTask:
+class PretrainTask(RunnableTask[MaskedBatch]):
     """Masked reconstruction: the autoencoder, its loss, and pictures of held-out images.
 
     Args:
-        settings: resolved; held_out: indices into `source` of images that are never trained on.
+        settings: resolved.
+        training, held_out: indices into `source` of images to learn from, and of images never trained on.
     """
 
-    def __init__(self, settings: Resolved, source: Source, held_out: np.ndarray) -> None:
-        self.settings, self.source = settings, source
+    model: Autoencoder
+
+    def __init__(self, settings: Resolved, source: Source, training: np.ndarray, held_out: np.ndarray) -> None:
+        self.settings, self.source, self.samples = settings, source, len(source)
         self.image_size, self.patch_size = settings.image_size, settings.patch_size
         check_sizes(self.image_size, self.patch_size)
         self.patches = math.prod(grid_size(self.image_size, self.patch_size))
         visible_count(self.patches, settings.mask_ratio)
         self.method = method_of(settings)
-        self.autoencoder = build_autoencoder(
+        self.model = build_autoencoder(
             settings.model, self.method, decoder_shape(settings, self.method), image_size=self.image_size,
             patch_size=self.patch_size, channels=settings.channels,
         )  # fmt: skip
+        view = training_view(self.image_size, settings.min_crop, settings.flip)
+        self.training = self.masked_images(training, view, TRAINING)
         # The same views and masks in every run of this data, whatever its seed, so that losses compare.
         self.held_out = self.masked_images(held_out, partial(fixed_view, size=self.image_size), HELD_OUT, seed=0)
 
@@ -156,11 +98,24 @@ class PretrainTask:
         self, members: np.ndarray, view: Callable[[Tensor], Tensor], stream: int, *, seed: int | None = None
     ) -> MaskedImages:
         return MaskedImages(
-            self.source, members, view, patches=self.patches, patch_size=self.patch_size,
-            mask_ratio=self.settings.mask_ratio, key=(self.settings.seed if seed is None else seed, stream),
+            self.source, members, view, patches=self.patches, mask_ratio=self.settings.mask_ratio,
+            smallest=self.patch_size, key=(self.settings.seed if seed is None else seed, stream), substitute=True,
         )  # fmt: skip
 
-    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Build AdamW for all parameters. Paper: Sec. 4, pre-training setup; the betas are MAE's."""
+        settings = self.settings
+        return adamw(
+            self.model, lr=peak_rate(settings), weight_decay=settings.weight_decay, betas=BETAS,
+            fused=settings.precision != "16",
+        )  # fmt: skip
+
+    def rate(self, progress: float) -> float:
+        """Return the learning rate at `progress` in 0..1 of the run."""
+        warmup = min(1.0, self.settings.warmup_epochs / self.settings.epochs)
+        return learning_rate(progress, peak_rate(self.settings), warmup, self.settings.schedule)
+
+    def loss(self, model: nn.Module, batch: MaskedBatch) -> dict[str, Tensor]:
         """Return the loss [b] of each image and, where there are several, of each pair. Paper: Eq. (6), (7)."""
         patches = patchify(normalise(batch.images, self.settings.channels), self.patch_size)
         predictions = model(patches, batch.visible, batch.masked)
@@ -169,22 +124,23 @@ class PretrainTask:
         pairs = {f"pair_{g}": term for g, term in enumerate(terms, start=1)} if len(terms) > 1 else {}
         return {"loss": loss, **pairs}
 
-    def names(self, batch: Batch) -> list[str]:
+    def names(self, batch: MaskedBatch) -> list[str]:
         return [self.source.name_of(int(index)) for index in batch.indices]
 
-    def example(self, size: int) -> Batch:
+    def example(self, size: int) -> MaskedBatch:
         """Return `size` random images, to measure memory and time with."""
         images = torch.randint(256, (size, self.settings.channels, *self.image_size), dtype=torch.uint8)
         visible, masked = split(torch.rand(size, self.patches), self.settings.mask_ratio)
-        return Batch(images, visible, masked, torch.zeros(size, dtype=torch.int64))
+        indices = torch.zeros(size, dtype=torch.int64)
+        return MaskedBatch(images=images, indices=indices, visible=visible, masked=masked)
 
     def draw(self, run: RunFolder, step: int, epoch: float) -> None:
         """Write the picture of this moment: six of the held-out images, with fixed masks."""
-        device = self.autoencoder.positions.device
+        device = self.model.positions.device
         spread = np.unique(np.linspace(0, len(self.held_out) - 1, PICTURED).astype(int))
-        batch = collate([self.held_out[0, int(i)] for i in spread]).to(device)
+        batch = cast(MaskedBatch, collate([self.held_out[0, int(i)] for i in spread])).to(device)
         patches = patchify(normalise(batch.images, self.settings.channels), self.patch_size)
-        predictions = self.autoencoder(patches, batch.visible, batch.masked)
+        predictions = self.model(patches, batch.visible, batch.masked)
         columns = panels(
             patches, batch.visible, batch.masked, predictions, self.method.terms, target=self.settings.target,
             image_size=self.image_size, patch_size=self.patch_size, channels=self.settings.channels,
@@ -194,6 +150,35 @@ class PretrainTask:
             run.pictures / f"step_{step:08d}.png",
             f"{self.settings.model} · {self.method.name} · epoch {epoch:g}",
         )
+
+    def summary(self) -> list[str]:
+        """Say everything that was chosen, before the first step."""
+        s, method, model = self.settings, self.method, self.model
+        encoder = sum(p.numel() for p in model.encoder.parameters()) / 1e6
+        decoders = sum(p.numel() for p in model.parameters()) / 1e6 - encoder
+        # Only folders have other files and folders in them.
+        ignored, unreadable = getattr(self.source, "ignored", 0), len(getattr(self.source, "unreadable", ()))
+        others = f", {ignored} other files ignored" if ignored else ""
+        others += f", {unreadable} folders cannot be read" if unreadable else ""
+        segments = f", {len(method.taps)} segments, decoders after blocks {', '.join(map(str, method.taps))}"
+        segments = segments if len(method.taps) > 1 else ""
+        steps = len(self.training) // s.batch_size
+        (height, width), (patch_height, patch_width) = s.image_size, s.patch_size
+        return [
+            f"data      {s.data}: {len(self.training)} images to train on, {len(self.held_out)} held out{others}",
+            f"model     {s.model} ({encoder:.1f} M parameters) · {method.name}{segments}",
+            f"decoders  {len(method.taps)} x {model.shape.depth} blocks, width {model.shape.width} ({decoders:.1f} M)",
+            f"input     {height}x{width} px, patches of {patch_height}x{patch_width}, {s.channels} channels · "
+            f"{s.mask_ratio:.0%} of {self.patches} patches masked",
+            f"recipe    {s.epochs} epochs of {steps} steps · batch {s.batch_size} · peak rate {peak_rate(s):.2g} after "
+            f"{s.warmup_epochs:.3g} epochs, {s.schedule} schedule · seed {s.seed}",
+            *(f"warning: --{name} has no effect without cross-attention" for name in idle_options(s, method)),
+        ]
+
+    def finish(self, run: RunFolder, settings: ResolvedRun) -> None:
+        """Write the encoder and the autoencoder, and say how to use them."""
+        export(self.model, self.settings, settings, run)
+        run.say(how_to_use(run, self.settings))
 
 
 def method_of(settings: Resolved) -> Method:
@@ -249,34 +234,3 @@ def typical_side(source: Source) -> float:
 def peak_rate(settings: Resolved) -> float:
     """Return the learning rate after warm-up: `base_lr` for 256 images, in proportion to the batch."""
     return settings.base_lr * settings.batch_size / 256
-
-
-def summary(
-    settings: Resolved, task: PretrainTask, device: torch.device, training: int, held_out: int, seconds: float
-) -> list[str]:
-    """Say everything that was chosen, before the first step. `seconds` is the measured time of one image."""
-    s, method, model = settings, task.method, task.autoencoder
-    encoder = sum(p.numel() for p in model.encoder.parameters()) / 1e6
-    decoders = sum(p.numel() for p in model.parameters()) / 1e6 - encoder
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    # Only folders have other files and folders in them.
-    ignored, unreadable = getattr(task.source, "ignored", 0), len(getattr(task.source, "unreadable", ()))
-    segments = f", {len(method.taps)} segments, decoders after blocks {', '.join(map(str, method.taps))}"
-    (height, width), (patch_height, patch_width) = s.image_size, s.patch_size
-    others = f", {ignored} other files ignored" if ignored else ""
-    others += f", {unreadable} folders cannot be read" if unreadable else ""
-    time_needed = seconds * training * s.epochs
-    advice = [f"advice: {duration(time_needed)} is long; for a first look add --epochs {max(1, s.epochs // 50)}"]
-    return [
-        f"data      {s.data}: {training} images to train on, {held_out} held out{others}",
-        f"model     {s.model} ({encoder:.1f} M parameters) · {method.name}{segments if len(method.taps) > 1 else ''}",
-        f"decoders  {len(method.taps)} x {model.shape.depth} blocks, width {model.shape.width} ({decoders:.1f} M)",
-        f"input     {height}x{width} px, patches of {patch_height}x{patch_width}, {s.channels} channels · "
-        f"{s.mask_ratio:.0%} of {task.patches} patches masked",
-        f"recipe    {s.epochs} epochs of {training // s.batch_size} steps · batch {s.batch_size} in {s.micro_batch}s "
-        f"· peak rate {peak_rate(s):.2g} after {s.warmup_epochs:.3g} epochs, {s.schedule} schedule · seed {s.seed}",
-        f"machine   {name} · precision {s.precision} · {s.workers} data workers",
-        f"run       {s.run_folder} · about {duration(time_needed)} if data keep up",
-        *(advice if time_needed > LONG else []),
-        *(f"warning: --{name} has no effect without cross-attention" for name in idle_options(s, method)),
-    ]

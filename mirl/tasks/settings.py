@@ -1,14 +1,15 @@
-"""Options of a pre-training run, and the choices made for those that are not given.
+"""Options of the commands that train, and the choices made for those that are not given.
 
-One dataclass is the Python arguments, the command-line flags, `config.yaml` and what a resumed run must agree with.
+For each command one dataclass is the Python arguments, the command-line flags, `config.yaml` and what a resumed run
+must agree with.
 """
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from mirl.errors import UserError
 
@@ -29,13 +30,96 @@ NOT_SAVED = {"resume", "overwrite", "download"}
 
 
 @dataclass(frozen=True)
-class Pretraining:
-    """Options of `mirl pretrain`. What is None is chosen from the data and the machine, and printed."""
+class RunOptions:
+    """Options of every run that trains: the optimizer's, the machine's, the run folder's."""
 
-    data: str = "shapes"
-    """images: a folder (nested or flat, no labels), a glob, a text file of paths, `shapes`, or a torchvision name"""
     out: str | None = None
     """run folder; by default runs/ and the name of the data"""
+    batch_size: int | None = None
+    """images in one optimizer step over all devices; by default a power of two near images / 50, from 16 on"""
+    micro_batch: int | None = None
+    """images computed at once on one device; by default 64 on a CPU, on a GPU what fits, at most 512"""
+    weight_decay: float = 0.05
+    """AdamW's, not applied to norms and biases"""
+    clip_grad: float | None = None
+    """largest gradient norm; by default not clipped"""
+    seed: int = 0
+    """of weights, order and everything random about images"""
+
+    precision: Literal["auto", "32", "bf16", "16"] = "auto"
+    """auto: bf16 where the device multiplies it in hardware, else 32 on a CPU and 16 on a GPU"""
+    devices: str | int = "auto"
+    """GPUs (or CPU processes) on this machine"""
+    num_nodes: int = 1
+    """machines"""
+    workers: int | None = None
+    """data workers per device; by default one per core of a GPU, at most 16; on a CPU few or none"""
+    resume: bool = False
+    """go on with the run in --out; options that are not given are the run's own"""
+    overwrite: bool = False
+    """delete the run in --out and start again"""
+    checkpoint_minutes: float = 10
+    """longest time between checkpoints"""
+    checkpoint_steps: int | None = None
+    """most steps between checkpoints; by default only the time counts"""
+    evaluate_epochs: int | None = None
+    """epochs between evaluations with pictures; by default 20 times in a run"""
+    max_bad: float = 0.1
+    """share of unusable files above which the run stops"""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # pathlib's paths are welcome
+            value = getattr(self, field.name)
+            if isinstance(value, os.PathLike):
+                object.__setattr__(self, field.name, os.fspath(value))
+        for name, (allowed, text) in {**RANGES, **self.ranges()}.items():
+            value = getattr(self, name)
+            if value is not None and not allowed(value):
+                raise UserError(f"--{name} {value} is not allowed; give {text}")
+
+    def ranges(self) -> "Ranges":
+        """Return what this command allows for its own numbers."""
+        return {}
+
+    def saved(self) -> dict[str, Any]:
+        """Return what config.yaml keeps: every option but those that tell how to start."""
+        values = {k: v for k, v in dataclasses.asdict(self).items() if k not in NOT_SAVED}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+Ranges = dict[str, tuple[Callable[[Any], bool], str]]
+POSITIVE: tuple[Callable[[Any], bool], str] = (lambda x: x > 0, "more than 0")
+NOT_NEGATIVE: tuple[Callable[[Any], bool], str] = (lambda x: x >= 0, "0 or more")
+COUNT: tuple[Callable[[Any], bool], str] = (lambda x: x >= 1, "1 or more")
+FRACTION: tuple[Callable[[Any], bool], str] = (lambda x: 0 <= x <= 1, "0 to 1")
+RANGES: Ranges = {
+    "max_bad": FRACTION, "weight_decay": NOT_NEGATIVE, "checkpoint_minutes": NOT_NEGATIVE, "clip_grad": POSITIVE,
+    "seed": NOT_NEGATIVE, "workers": NOT_NEGATIVE, "batch_size": COUNT, "micro_batch": COUNT, "evaluate_epochs": COUNT,
+    "checkpoint_steps": COUNT, "num_nodes": COUNT,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ResolvedRun(RunOptions):
+    """Options of every run, of which every choice is made."""
+
+    out: str = ""
+    batch_size: int = 1
+    micro_batch: int = 1
+    precision: Literal["32", "bf16", "16"] = "32"
+    workers: int = 0
+    evaluate_epochs: int = 1
+    epochs: int = 1
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out)
+
+
+@dataclass(frozen=True)
+class _Pretraining:
+    data: str = "shapes"
+    """images: a folder (nested or flat, no labels), a glob, a text file of paths, `shapes`, or a torchvision name"""
     download: bool = False
     """let torchvision download a data set given by name"""
 
@@ -78,99 +162,49 @@ class Pretraining:
     """mirror half of the images"""
     epochs: int | None = None
     """passes over the data; by default 300 from 100,000 images on (the paper), 800 for fewer, 5 for `shapes`"""
-    batch_size: int | None = None
-    """images in one optimizer step over all devices; by default a power of two near images / 50, from 16 to 4096"""
-    micro_batch: int | None = None
-    """images computed at once on one device; by default 64 on a CPU, on a GPU what fits, at most 512"""
     base_lr: float | None = None
     """learning rate per 256 images of batch; by default 1.5e-4 (the paper), more if the peak would be under 5e-4"""
-    weight_decay: float = 0.05
-    """AdamW's, not applied to norms and biases"""
     warmup_epochs: float | None = None
     """linear warm-up; by default 40 of 300 epochs, in proportion"""
     schedule: Literal["step", "cosine"] = "step"
     """step: x0.1 at 90 % and at 95 % (the paper); cosine: to zero (the official code)"""
-    clip_grad: float | None = None
-    """largest gradient norm; by default not clipped"""
-    seed: int = 0
-    """of weights, order, crops and masks"""
 
-    precision: Literal["auto", "32", "bf16", "16"] = "auto"
-    """auto: bf16 where the device multiplies it in hardware, else 32 on a CPU and 16 on a GPU"""
-    devices: str | int = "auto"
-    """GPUs (or CPU processes) on this machine"""
-    num_nodes: int = 1
-    """machines"""
-    workers: int | None = None
-    """data workers per device; by default one per core of a GPU, at most 16; on a CPU few or none"""
-    resume: bool = False
-    """go on with the run in --out; options that are not given are the run's own"""
-    overwrite: bool = False
-    """delete the run in --out and start again"""
-    checkpoint_minutes: float = 10
-    """longest time between checkpoints"""
-    checkpoint_steps: int | None = None
-    """most steps between checkpoints; by default only the time counts"""
-    evaluate_epochs: int | None = None
-    """epochs between evaluations with pictures; by default 20 times in a run"""
-    max_bad: float = 0.1
-    """share of unusable files above which the run stops"""
 
-    def __post_init__(self) -> None:
-        for name in ("data", "out"):  # pathlib's paths are welcome
-            value = getattr(self, name)
-            object.__setattr__(self, name, value if value is None else os.fspath(value))
-        checks: dict[str, tuple[bool, str]] = {
-            "mask_ratio": (0 < self.mask_ratio < 1, "more than 0 and less than 1"),
-            "min_crop": (0 < self.min_crop <= 1, "more than 0 and at most 1"),
-            "max_bad": (0 <= self.max_bad <= 1, "0 to 1"),
-            "base_lr": (self.base_lr is None or self.base_lr > 0, "more than 0"),
-            "weight_decay": (self.weight_decay >= 0, "0 or more"),
-            "checkpoint_minutes": (self.checkpoint_minutes >= 0, "0 or more"),
-            "clip_grad": (self.clip_grad is None or self.clip_grad > 0, "more than 0"),
-            "warmup_epochs": (self.warmup_epochs is None or self.warmup_epochs >= 0, "0 or more"),
-            "seed": (self.seed >= 0, "0 or more"),
-            "workers": (self.workers is None or self.workers >= 0, "0 or more"),
-        }
-        for name in (
-            *("channels", "epochs", "batch_size", "micro_batch", "evaluate_epochs", "checkpoint_steps", "num_nodes"),
-            *("decoder_width", "decoder_depth", "decoder_heads"),
-        ):
-            value = getattr(self, name)
-            checks[name] = (value is None or value >= 1, "1 or more")
-        for name, (good, allowed) in checks.items():
-            if not good:
-                raise UserError(f"--{name} {getattr(self, name)} is not allowed; give {allowed}")
+# A dataclass lists its last base's fields first, and help should begin with what is learned.
+@dataclass(frozen=True)
+class Pretraining(RunOptions, _Pretraining):
+    """Options of `mirl pretrain`. What is None is chosen from the data and the machine, and printed."""
+
+    def ranges(self) -> Ranges:
+        """Return what is allowed for numbers of pre-training."""
+        return {
+            "mask_ratio": (lambda x: 0 < x < 1, "more than 0 and less than 1"),
+            "min_crop": (lambda x: 0 < x <= 1, "more than 0 and at most 1"),
+            "base_lr": POSITIVE, "warmup_epochs": NOT_NEGATIVE, "epochs": COUNT, "channels": COUNT,
+            "decoder_width": COUNT, "decoder_depth": COUNT, "decoder_heads": COUNT,
+        }  # fmt: skip
 
     @property
     def run_folder(self) -> Path:
         """Where the run goes: --out, or runs/ and the name of the data."""
-        if self.out:
-            return Path(self.out)
-        name = Path(self.data).stem if "*" not in self.data else "pretrain"
-        return Path("runs") / (name.replace(":", "-") or "pretrain")
-
-    def saved(self) -> dict[str, Any]:
-        """Return what config.yaml keeps: every option but those that tell how to start."""
-        values = {k: v for k, v in dataclasses.asdict(self).items() if k not in NOT_SAVED}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return Path(self.out) if self.out else default_folder(self.data, "pretrain")
 
 
 @dataclass(frozen=True)
-class Resolved(Pretraining):
-    """Options of which every choice is made."""
+class Resolved(ResolvedRun, Pretraining):
+    """Options of pre-training, of which every choice is made."""
 
     model: str = ""
     image_size: tuple[int, int] = (0, 0)
     patch_size: tuple[int, int] = (0, 0)
-    epochs: int = 1
-    batch_size: int = 1
-    micro_batch: int = 1
     base_lr: float = PAPER_LR
     warmup_epochs: float = 0
-    precision: Literal["32", "bf16", "16"] = "32"
-    workers: int = 0
-    evaluate_epochs: int = 1
+
+
+def default_folder(data: str, otherwise: str) -> Path:
+    """Return runs/ and the name of the data."""
+    name = Path(data).stem if "*" not in data else otherwise
+    return Path("runs") / (name.replace(":", "-") or otherwise)
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -178,7 +212,10 @@ def pair(size: int | Sequence[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def resumed(given: Pretraining, saved: dict[str, Any]) -> Pretraining:
+Options = TypeVar("Options", bound=RunOptions)
+
+
+def resumed(given: Options, saved: dict[str, Any]) -> Options:
     """Return the run's own settings, with the options that may change taken from `given`.
 
     An option left at its default takes the saved value.
@@ -187,7 +224,7 @@ def resumed(given: Pretraining, saved: dict[str, Any]) -> Pretraining:
         UserError: if an option was given that would make it another run.
     """
     changes = {}
-    for field in dataclasses.fields(Pretraining):
+    for field in dataclasses.fields(given):
         value, kept = getattr(given, field.name), saved.get(field.name, field.default)
         if field.name in ("image_size", "patch_size"):
             kept, value = pair(kept), value if value is None else pair(value)
@@ -202,7 +239,7 @@ def resumed(given: Pretraining, saved: dict[str, Any]) -> Pretraining:
                 f"the run was started with --{field.name} {kept}, and --resume cannot change it to {value}; "
                 f"leave it out, or start a new run with another --out"
             )
-    return Pretraining(**changes)
+    return type(given)(**changes)
 
 
 def resolve(
@@ -221,39 +258,54 @@ def resolve(
     size, patch = next((size, patch) for limit, size, patch in SIZES if shorter_side <= limit)
     if given.image_size is not None:
         patch = default_patch(given.image_size)
-    epochs = given.epochs or (5 if built_in(given) else PAPER_EPOCHS if images >= 100_000 else 800)
-    batch = given.batch_size or default_batch(images, devices)
-    if batch > images:
-        raise UserError(f"--batch_size {batch} is more than the {images} training images; give at most {images}")
-    if batch % devices:
-        raise UserError(f"--batch_size {batch} cannot be shared by {devices} devices; give a multiple of {devices}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    epochs = given.epochs or (5 if built_in(given.data) else PAPER_EPOCHS if images >= 100_000 else 800)
+    run = resolve_run(
+        given, images=images, most=PAPER_BATCH, epochs=epochs, gpu=gpu, devices=devices, precision=precision
+    )
     choices = {
         "out": str(given.run_folder),
         "model": given.model or ("vit_s_54" if gpu and images >= 50_000 else "vit_ti_12"),
         "image_size": pair(size if given.image_size is None else given.image_size),
         "patch_size": pair(patch if given.patch_size is None else given.patch_size),
+        "warmup_epochs": epochs * PAPER_WARMUP / PAPER_EPOCHS if given.warmup_epochs is None else given.warmup_epochs,
+        "base_lr": given.base_lr or max(PAPER_LR, SMALL_PEAK * 256 / run["batch_size"]),
+    }
+    return Resolved(**dataclasses.asdict(given) | run | choices)
+
+
+def resolve_run(
+    given: RunOptions, *, images: int, most: int, epochs: int, gpu: bool, devices: int, precision: Precision
+) -> dict[str, Any]:
+    """Choose batches, workers and evaluations of a run over `images` for `epochs`; `most` images in a batch.
+
+    Raises:
+        UserError: if the batch is larger than the data or cannot be shared by the devices.
+    """
+    batch = given.batch_size or default_batch(images, devices, most)
+    if batch > images:
+        raise UserError(f"--batch_size {batch} is more than the {images} training images; give at most {images}")
+    if batch % devices:
+        raise UserError(f"--batch_size {batch} cannot be shared by {devices} devices; give a multiple of {devices}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {
         "epochs": epochs,
         "batch_size": batch,
         "micro_batch": min(given.micro_batch or (512 if gpu else 64), batch // devices),
-        "warmup_epochs": epochs * PAPER_WARMUP / PAPER_EPOCHS if given.warmup_epochs is None else given.warmup_epochs,
-        "base_lr": given.base_lr or max(PAPER_LR, SMALL_PEAK * 256 / batch),
         "precision": precision,
         "workers": default_workers(cores * given.num_nodes // devices, gpu) if given.workers is None else given.workers,
         "evaluate_epochs": given.evaluate_epochs or max(1, epochs // 20),
     }
-    return Resolved(**dataclasses.asdict(given) | choices)
 
 
-def built_in(settings: Pretraining) -> bool:
+def built_in(data: str) -> bool:
     """Tell whether the data are the generated shapes."""
-    return settings.data.partition(":")[0] == "shapes"
+    return data.partition(":")[0] == "shapes"
 
 
-def default_batch(images: int, devices: int) -> int:
-    """Return the paper's 4096 for ImageNet's size, less for fewer images: about 50 to 100 steps an epoch."""
+def default_batch(images: int, devices: int, most: int) -> int:
+    """Return `most` (the paper's) for ImageNet's size, less for fewer images: about 50 to 100 steps an epoch."""
     power = 2 ** max(0, (images // 50).bit_length() - 1)
-    batch = min(images, PAPER_BATCH, max(16, power))
+    batch = min(images, most, max(16, power))
     return max(devices, batch - batch % devices)
 
 

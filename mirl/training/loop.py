@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mirl.data.loading import Batch
+from mirl.data.loading import B
 from mirl.errors import UserError
 from mirl.training import checkpoints
 from mirl.training.monitors import Monitor
@@ -60,13 +60,14 @@ class Progress:
 
 
 def save(
-    fabric: Fabric, run: RunFolder, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, samples: int
+    fabric: Fabric, run: RunFolder, task: Task[B], optimizer: torch.optim.Optimizer, progress: Progress, samples: int
 ) -> None:
     """Write a checkpoint from the first process; `samples` is the size of the data set."""
     with as_one(fabric):
         if fabric.is_global_zero:
             state = {
-                "model": model.state_dict(),
+                "model": task.model.state_dict(),
+                "average": task.average.module.state_dict() if task.average else None,
                 "optimizer": optimizer.state_dict(),
                 "precision": fabric.strategy.precision.state_dict(),
                 "skipped": progress.skipped,
@@ -76,10 +77,8 @@ def save(
             checkpoints.save(run.checkpoints, progress.step, state)
 
 
-def restore(
-    fabric: Fabric, run: RunFolder, model: nn.Module, optimizer: torch.optim.Optimizer, samples: int
-) -> Progress:
-    """Load the newest readable checkpoint into model and optimizer; without one, start at step 0.
+def restore(fabric: Fabric, run: RunFolder, task: Task[B], optimizer: torch.optim.Optimizer, samples: int) -> Progress:
+    """Load the newest readable checkpoint into the task's model and optimizer; without one, start at step 0.
 
     Raises:
         UserError: if the checkpoint is of another model, or the data have grown or shrunk since: order and held-out
@@ -96,7 +95,9 @@ def restore(
                 "restore them, or start a new run with another --out"
             )
         try:
-            model.load_state_dict(state["model"])
+            task.model.load_state_dict(state["model"])
+            if task.average:
+                task.average.module.load_state_dict(state["average"])
             optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(
@@ -110,8 +111,8 @@ def restore(
 
 
 def fit(
-    fabric: Fabric, task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, run: RunFolder, plan: Plan,
-    progress: Progress, training: Iterable[Batch], held_out: Iterable[Batch],
+    fabric: Fabric, task: Task[B], optimizer: torch.optim.Optimizer, run: RunFolder, plan: Plan, progress: Progress,
+    training: Iterable[B], held_out: Iterable[B],
 ) -> None:  # fmt: skip
     """Train from `progress.step` to `plan.steps`.
 
@@ -119,8 +120,7 @@ def fit(
         Interrupted: after SIGINT or SIGTERM, once the checkpoint is written.
         UserError: too many unusable files or non-finite steps, disk full, out of memory beyond remedy.
     """
-    plain = model
-    model, optimizer = fabric.setup(model, optimizer)
+    model, optimizer = fabric.setup(task.model, optimizer)
     accumulator = Accumulator(fabric, task, model, optimizer, plan.clip_grad, run)
     batches = iter(training)
     saved_at = time.monotonic()
@@ -135,16 +135,18 @@ def fit(
     )
     with stop_signals(fabric) as stop_requested, monitor:
         if start == 0:
-            evaluate(fabric, task, plain, held_out, run, monitor, progress, plan)
+            evaluate(fabric, task, held_out, run, monitor, progress, plan)
         while progress.step < plan.steps:
             began = time.monotonic()
             chunks = [next(batches) for _ in range(plan.micro_batches)]
             waited = time.monotonic() - began
             rate = plan.rate(progress.step)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("lr_scale", 1.0)
             means, norm = accumulator.step(chunks)
             finite = is_finite(means, norm)
+            if finite and task.average:
+                task.average.update(task.model, step=progress.step)
             progress.step += 1
             in_a_row = 0 if finite else in_a_row + 1
             if not finite:
@@ -162,12 +164,12 @@ def fit(
             run.record(row)
             monitor.step(row)
             if progress.step % plan.evaluate_every == 0 or progress.step == plan.steps:
-                evaluate(fabric, task, plain, held_out, run, monitor, progress, plan)
+                evaluate(fabric, task, held_out, run, monitor, progress, plan)
             signal_number = stop_requested()
             due = fabric.broadcast(time.monotonic() - saved_at > plan.checkpoint_seconds)
             due = due or progress.step % plan.checkpoint_steps == 0
             if due or signal_number or progress.step == plan.steps:
-                save(fabric, run, plain, optimizer, progress, plan.samples)
+                save(fabric, run, task, optimizer, progress, plan.samples)
                 saved_at = time.monotonic()
             if signal_number and progress.step < plan.steps:
                 run.say(f"stopped at step {progress.step} of {plan.steps}, saved; go on with --out {run.path} --resume")
@@ -211,22 +213,29 @@ def check_budget(plan: Plan, progress: Progress) -> None:
 
 @torch.no_grad()
 def evaluate(
-    fabric: Fabric, task: Task, model: nn.Module, held_out: Iterable[Batch], run: RunFolder, monitor: Monitor,
-    progress: Progress, plan: Plan,
+    fabric: Fabric, task: Task[B], held_out: Iterable[B], run: RunFolder, monitor: Monitor, progress: Progress,
+    plan: Plan,
 ) -> dict[str, float]:  # fmt: skip
     """Average the task's values over held-out images (all processes'), record them and let the task draw.
 
-    `model` is the module itself, not the distributed wrapper, whose forward would wait for other processes.
+    It takes the module itself, not the distributed wrapper, whose forward would wait for other processes; and, where
+    there are averaged weights, these too, whose values are named `average_...`.
     """
-    model.eval()
+    models = {"": task.model} | ({"average_": task.average.module} if task.average else {})
+    for model in models.values():
+        model.eval()
     sums: dict[str, Tensor] = {}
     count = torch.zeros((), device=fabric.device)
     for batch in held_out:
         report_bad(run, progress, batch.bad)
-        with fabric.autocast():
-            values = task.loss(model, batch.to(fabric.device))
-        for name, value in values.items():
-            sums[name] = sums.get(name, 0) + value.sum()
+        if not len(batch):
+            continue
+        on_device = batch.to(fabric.device)
+        for prefix, model in models.items():
+            with fabric.autocast():
+                values = task.loss(model, on_device)
+            for name, value in values.items():
+                sums[prefix + name] = sums.get(prefix + name, 0) + value.sum()
         count += len(batch)
     with as_one(fabric):  # only the first process writes a log, and each reads other files
         report_bad(run, progress, (file for bad in from_all(fabric, progress.bad) for file in bad.items()))
@@ -243,5 +252,5 @@ def evaluate(
         task.draw(run, progress.step, epoch)
         draw_curves(run.rows(), run.pictures / "curves.png")
     fabric.barrier()
-    model.train()
+    task.model.train()
     return means

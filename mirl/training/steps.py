@@ -2,45 +2,62 @@
 
 import math
 import time
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any, Generic
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from mirl.data.loading import Batch
+from mirl.data.loading import B
 from mirl.errors import UserError
 from mirl.training.processes import Fabric, as_one, over_processes
 from mirl.training.runs import RunFolder
 
 
-class Task(Protocol):
-    """What a command trains."""
+class Task(Generic[B]):
+    """What a command trains.
 
-    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    Attributes:
+        model: the module.
+        average: a running average of its weights, evaluated beside it, or None.
+    """
+
+    model: nn.Module
+    average: ModelEmaV3 | None = None
+
+    def prepare(self, batch: B) -> B:
+        """Return what the loss sees of a training batch: a function of the batch, on the same device."""
+        return batch
+
+    def loss(self, model: nn.Module, batch: B) -> dict[str, Tensor]:
         """Return per-image values [b]: `loss`, which is minimised, and whatever else should be recorded."""
+        raise NotImplementedError
 
     def draw(self, run: RunFolder, step: int, epoch: float) -> None:
         """Write pictures after an evaluation; called in the first process only."""
 
-    def example(self, size: int) -> Batch:
+    def example(self, size: int) -> B:
         """Return a batch of `size` meaningless images, to measure memory and time with."""
+        raise NotImplementedError
 
-    def names(self, batch: Batch) -> list[str]:
+    def names(self, batch: B) -> list[str]:
         """Name the batch's images."""
+        raise NotImplementedError
 
 
-def probe(fabric: Fabric, task: Task, model: nn.Module, micro_batch: int, run: RunFolder) -> tuple[int, float]:
+def probe(fabric: Fabric, task: Task[B], micro_batch: int, run: RunFolder) -> tuple[int, float]:
     """Find a micro-batch that fits and measure the seconds that an image takes, by forward and backward passes.
 
     On a GPU the size is halved until it fits; all processes take the smallest found. A CPU keeps the size given.
     """
-    gpu = fabric.device.type == "cuda"
+    gpu, model = fabric.device.type == "cuda", task.model
     model.to(fabric.device)
     # Room for what a step needs besides: two moments of AdamW, and the buckets of several processes.
     reserve = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(3)] if gpu else []
     size = micro_batch
     with as_one(fabric):
-        while (measured := _try(fabric, task, model, size if gpu else min(size, 16))) is None:
+        while (measured := _try(fabric, task, size if gpu else min(size, 16))) is None:
             if size == 1:
                 raise UserError("one image does not fit in GPU memory; choose a smaller model or image")
             size //= 2
@@ -54,29 +71,30 @@ def probe(fabric: Fabric, task: Task, model: nn.Module, micro_batch: int, run: R
     return size, seconds
 
 
-def _try(fabric: Fabric, task: Task, model: nn.Module, images: int) -> float | None:
+def _try(fabric: Fabric, task: Task[B], images: int) -> float | None:
     """Return the seconds an image takes when so many are computed at once, or None if they do not fit."""
     try:
         for _ in range(2):  # the first pass warms up
             began = time.monotonic()
             with fabric.autocast():
-                loss = task.loss(model, task.example(images).to(fabric.device))["loss"].mean()
+                batch = task.prepare(task.example(images).to(fabric.device))
+                loss = task.loss(task.model, batch)["loss"].mean()
             loss.backward()
             loss.item()
         return (time.monotonic() - began) / images
     except torch.OutOfMemoryError:
         return None
     finally:
-        model.zero_grad()
+        task.model.zero_grad()
 
 
-class Accumulator:
+class Accumulator(Generic[B]):
     """Gradients of a step over its micro-batches; computes smaller pieces at once when a GPU's memory is short."""
 
     def __init__(
         self,
         fabric: Fabric,
-        task: Task,
+        task: Task[B],
         model: Any,
         optimizer: torch.optim.Optimizer,
         clip_grad: float | None,
@@ -86,7 +104,7 @@ class Accumulator:
         self.clip = clip_grad or math.inf
         self.piece = 0  # images computed at once; 0: whole micro-batches
 
-    def step(self, chunks: list[Batch]) -> tuple[dict[str, float], float]:
+    def step(self, chunks: list[B]) -> tuple[dict[str, float], float]:
         """Do one optimizer step; return the mean of each recorded value and the gradient norm before clipping."""
         while (means := self._gradients_that_fit(chunks)) is None:
             self._halve(len(chunks[0]))
@@ -99,24 +117,30 @@ class Accumulator:
         self.optimizer.zero_grad()
         return means, norm
 
-    def _gradients_that_fit(self, chunks: list[Batch]) -> dict[str, float] | None:
+    def _gradients_that_fit(self, chunks: list[B]) -> dict[str, float] | None:
         try:
             return self._gradients(chunks)
         except torch.OutOfMemoryError:  # memory is free again only once this error, which holds activations, is gone
             return None
 
-    def _gradients(self, chunks: list[Batch]) -> dict[str, float]:
+    def _gradients(self, chunks: list[B]) -> dict[str, float]:
         images = sum(len(chunk) for chunk in chunks)
-        pieces = [piece for chunk in chunks for piece in chunk.pieces(self.piece or len(chunk))]
+        done = 0
         sums: dict[str, Tensor] = {}
-        for number, piece in enumerate(pieces, start=1):
-            with self.fabric.no_backward_sync(self.model, enabled=number < len(pieces)):
-                values = self.task.loss(self.model, piece.to(self.fabric.device))
+        for piece in self._pieces(chunks):
+            done += len(piece)
+            with self.fabric.no_backward_sync(self.model, enabled=done < images):
+                values = self.task.loss(self.model, piece)
                 self.fabric.backward(values["loss"].sum() / images)
             for name, value in values.items():
                 sums[name] = sums.get(name, 0) + value.detach().sum()
         means = torch.stack(list(sums.values())) / images
         return dict(zip(sums, over_processes(self.fabric, means, "mean").tolist(), strict=True))
+
+    def _pieces(self, chunks: list[B]) -> Iterator[B]:
+        """Prepare whole micro-batches, which may mix their images, then cut them into what fits."""
+        for chunk in chunks:
+            yield from self.task.prepare(chunk.to(self.fabric.device)).pieces(self.piece or len(chunk))
 
     def _halve(self, micro_batch: int) -> None:
         size = self.piece or micro_batch
@@ -129,13 +153,12 @@ class Accumulator:
         self.run.say(f"out of GPU memory with {size} images at once; going on with {self.piece}")
 
     @torch.no_grad()
-    def culprits(self, chunks: list[Batch]) -> list[str]:
+    def culprits(self, chunks: list[B]) -> list[str]:
         """Name the images whose own loss is not finite; if none is, the gradient alone overflowed."""
         names = []
-        for chunk in chunks:
-            for piece in chunk.pieces(self.piece or len(chunk)):
-                finite = self.task.loss(self.model, piece.to(self.fabric.device))["loss"].isfinite().tolist()
-                names += [name for name, good in zip(self.task.names(piece), finite, strict=True) if not good]
+        for piece in self._pieces(chunks):
+            finite = self.task.loss(self.model, piece)["loss"].isfinite().tolist()
+            names += [name for name, good in zip(self.task.names(piece), finite, strict=True) if not good]
         return names
 
 

@@ -37,7 +37,7 @@ class Squares:
 def images(source=None, members=None, *, seed=0, mask_ratio=0.75):
     members = np.arange(COUNT) if members is None else members
     return MaskedImages(source or Squares(), members, training_view(SIZE, 0.2, True), patches=PATCHES,
-                        patch_size=(4, 4), mask_ratio=mask_ratio, key=(seed, 0))  # fmt: skip
+                        smallest=(4, 4), substitute=True, mask_ratio=mask_ratio, key=(seed, 0))  # fmt: skip
 
 
 def sampler(batch=8, micro_batch=8, *, seed=0, start=0, stop=8, rank=0, world_size=1):
@@ -106,9 +106,18 @@ def test_a_bad_image_is_replaced_by_the_next_and_named():
     assert [name for name, _ in sample.bad] == ["square[3]", "square[4]"]
     assert "empty" in sample.bad[0][1] and "2x2 px, smaller than a patch (4x4)" in sample.bad[1][1]
     view = partial(fixed_view, size=SIZE)
-    good = MaskedImages(Squares(), np.arange(COUNT), view, patches=PATCHES, patch_size=(4, 4), mask_ratio=0.5, key=(0,))
+    good = MaskedImages(
+        Squares(), np.arange(COUNT), view, patches=PATCHES, smallest=(4, 4), substitute=True, mask_ratio=0.5, key=(0,)
+    )
     bad = MaskedImages(
-        Squares(bad=[3, 4]), np.arange(COUNT), view, patches=PATCHES, patch_size=(4, 4), mask_ratio=0.5, key=(0,)
+        Squares(bad=[3, 4]),
+        np.arange(COUNT),
+        view,
+        patches=PATCHES,
+        smallest=(4, 4),
+        substitute=True,
+        mask_ratio=0.5,
+        key=(0,),
     )
     assert torch.equal(bad[0, 3].images, good[0, 5].images)
     assert torch.equal(bad[0, 3].masked, good[0, 3].masked)  # the mask belongs to the index, not to the file

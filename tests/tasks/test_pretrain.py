@@ -126,7 +126,7 @@ def test_the_saved_autoencoder_has_the_recorded_loss(run):
     """Rebuild the model and the last held-out evaluation from what is on disk."""
     settings = Resolved(**yaml.safe_load((run / "config.yaml").read_text()))
     source = open_source(settings.data)
-    task = PretrainTask(settings, source, split_off_held_out(len(source))[1])
+    task = PretrainTask(settings, source, *split_off_held_out(len(source)))
     batch = collate([task.held_out[0, i] for i in range(len(task.held_out))])
     with torch.no_grad():
         loss = task.loss(autoencoder(run), batch)["loss"].mean().item()
@@ -171,7 +171,7 @@ def test_a_non_finite_loss_names_the_file(tiny, tmp_path):
     )
     source = open_source(settings.data)
     training, held_out = split_off_held_out(len(source))
-    task = PretrainTask(settings, source, held_out)
+    task = PretrainTask(settings, source, training, held_out)
     members = task.masked_images(training, lambda image: image, 0)
     for position in (0, 7, len(training) - 1):
         batch = members[0, position]

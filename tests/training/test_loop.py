@@ -12,15 +12,16 @@ from mirl.errors import UserError
 from mirl.training import loop, processes
 from mirl.training.checkpoints import saved_steps
 from mirl.training.runs import RunFolder
-from mirl.training.steps import probe
+from mirl.training.steps import Task, probe
 
 BATCH = 12
 
 
-class Regression:
+class Regression(Task):
     """A small task: predict the mean of an image. Losses of `broken` images are NaN; more than `fits` is too much."""
 
     def __init__(self, broken=(), fits=1000):
+        self.model, self.average = network(), None
         self.broken, self.fits, self.sizes = torch.tensor(list(broken)), fits, []
 
     def loss(self, model, batch):
@@ -56,7 +57,7 @@ def chunk(indices):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (1000, 1, 4, 4), dtype=torch.uint8, generator=generator)
     indices = torch.tensor(list(indices))
-    return Batch(images[indices], indices[:, None], indices[:, None], indices)
+    return Batch(images=images[indices], indices=indices)
 
 
 def network():
@@ -86,17 +87,17 @@ def train(
     """Run the loop for `steps` and return the weights, the progress and the rows of the training steps."""
     if batches is None:
         batches = [chunk(range(k, k + micro_batch)) for k in range(0, steps * BATCH, micro_batch)]
-    model, progress = network(), loop.Progress()
+    progress = loop.Progress()
     plan = loop.Plan(
         steps=steps, steps_per_epoch=steps, batch_size=BATCH, micro_batches=math.ceil(BATCH / micro_batch),
         rate=lambda _: 0.1, clip_grad=clip_grad, evaluate_every=1000, checkpoint_seconds=checkpoint_seconds,
         checkpoint_steps=checkpoint_steps, samples=1000, max_bad=0.1,
     )  # fmt: skip
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = torch.optim.AdamW(task.model.parameters())
     fabric = processes.launch("auto", 1, "32")
-    loop.fit(fabric, task, model, optimizer, run, plan, progress, batches, [chunk(range(900, 904))])
+    loop.fit(fabric, task, optimizer, run, plan, progress, batches, [chunk(range(900, 904))])
     rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-    return model.state_dict(), progress, [row for row in rows if row["kind"] == "train"]
+    return task.model.state_dict(), progress, [row for row in rows if row["kind"] == "train"]
 
 
 def log(run):
@@ -204,7 +205,7 @@ def test_checkpoints_come_after_so_many_steps(run):
 def test_the_probe_halves_until_it_fits(run):
     fabric = processes.launch("auto", 1, "32")
     task = Regression(fits=3)
-    size, seconds = probe(fabric, task, network(), 12, run)
+    size, seconds = probe(fabric, task, 12, run)
     assert (size, task.sizes) == (3, [12, 6, 3, 3])
     assert seconds > 0
     assert "12 images at once do not fit in GPU memory; taking 3" in log(run)

@@ -1,0 +1,124 @@
+"""How every command that trains runs: measure, say what was chosen, train, leave what was promised."""
+
+import errno
+import math
+from dataclasses import replace
+
+import torch
+
+from mirl.data.loading import B, StepSampler, Views, load
+from mirl.errors import UserError
+from mirl.tasks.settings import ResolvedRun
+from mirl.training import loop
+from mirl.training.monitors import duration
+from mirl.training.processes import Fabric
+from mirl.training.runs import RunFolder
+from mirl.training.steps import Task, probe
+
+LONG = 24 * 3600  # seconds after which a run deserves a warning
+
+
+class RunnableTask(Task[B]):
+    """A task with its data, its optimizer and its results.
+
+    Attributes:
+        training, held_out: what it learns from and what it is evaluated on.
+        samples: size of the whole data set; a resumed run must find it unchanged.
+    """
+
+    training: Views
+    held_out: Views
+    samples: int
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Build the optimizer of the model's parameters."""
+        raise NotImplementedError
+
+    def rate(self, progress: float) -> float:
+        """Return the learning rate at `progress` in 0..1 of the run."""
+        raise NotImplementedError
+
+    def summary(self) -> list[str]:
+        """Say what was chosen, before the first step."""
+        raise NotImplementedError
+
+    def finish(self, run: RunFolder, settings: ResolvedRun) -> None:
+        """Leave results in the run folder; called in the first process only."""
+
+
+def carry_out(fabric: Fabric, settings: ResolvedRun, task: RunnableTask[B], run: RunFolder) -> None:
+    """Run `task` from its first or its last saved step to the end, and close the run folder.
+
+    Raises:
+        UserError: what the loop raises, and a disk that is full.
+        KeyboardInterrupt: after SIGINT or SIGTERM, once the state is saved.
+    """
+    try:
+        micro_batch, seconds = probe(fabric, task, settings.micro_batch, run)
+        settings = replace(settings, micro_batch=micro_batch)
+        run.write_config(settings.saved())
+        for line in [*task.summary(), *_machine(fabric, settings, seconds * len(task.training) * settings.epochs)]:
+            run.say(line)
+        _train(fabric, settings, task, run)
+        if fabric.is_global_zero:
+            task.finish(run, settings)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"cannot write to {run.path}: {error.strerror}; the last checkpoint is kept; free space, then add --resume"
+        ) from error
+    finally:
+        run.close()
+
+
+def _machine(fabric: Fabric, settings: ResolvedRun, seconds: float) -> list[str]:
+    device = fabric.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    count = f"{fabric.world_size} x " if fabric.world_size > 1 else ""
+    seconds /= fabric.world_size
+    advice = f"advice: {duration(seconds)} is long; for a first look add --epochs {max(1, settings.epochs // 50)}"
+    return [
+        f"machine   {count}{name} · precision {settings.precision} · micro-batch {settings.micro_batch} "
+        f"· {settings.workers} data workers",
+        f"run       {settings.out} · about {duration(seconds)} if data keep up",
+        *([advice] if seconds > LONG else []),
+    ]
+
+
+def _train(fabric: Fabric, settings: ResolvedRun, task: RunnableTask[B], run: RunFolder) -> None:
+    steps_per_epoch = len(task.training) // settings.batch_size
+    steps = steps_per_epoch * settings.epochs
+    optimizer = task.optimizer()
+    if task.average:
+        task.average.to(fabric.device)
+    progress = loop.restore(fabric, run, task, optimizer, task.samples) if settings.resume else loop.Progress()
+    run.forget_after(progress.step)
+    if progress.step >= steps:
+        run.say(f"the run is complete ({steps} steps); a longer one needs another --out")
+        return
+    if progress.step:
+        run.say(f"resumed at step {progress.step} of {steps}")
+    plan = loop.Plan(
+        steps=steps,
+        steps_per_epoch=steps_per_epoch,
+        batch_size=settings.batch_size,
+        micro_batches=math.ceil(settings.batch_size / fabric.world_size / settings.micro_batch),
+        rate=lambda step: task.rate(step / steps),
+        clip_grad=settings.clip_grad,
+        evaluate_every=settings.evaluate_epochs * steps_per_epoch,
+        checkpoint_seconds=settings.checkpoint_minutes * 60,
+        checkpoint_steps=settings.checkpoint_steps or steps,
+        samples=task.samples,
+        max_bad=settings.max_bad,
+    )
+    sampler = StepSampler(
+        len(task.training), settings.batch_size, settings.micro_batch, seed=settings.seed, start=progress.step,
+        stop=steps, rank=fabric.global_rank, world_size=fabric.world_size,
+    )  # fmt: skip
+    pin = fabric.device.type == "cuda"
+    batches = load(task.training, sampler, workers=settings.workers, pin=pin)
+    mine = list(range(len(task.held_out)))[fabric.global_rank :: fabric.world_size] or [0]
+    keys = [[(0, i) for i in mine[k : k + settings.micro_batch]] for k in range(0, len(mine), settings.micro_batch)]
+    held_out = load(task.held_out, keys, workers=settings.workers, pin=pin)
+    loop.fit(fabric, task, optimizer, run, plan, progress, batches, held_out)
