@@ -11,16 +11,32 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from mirl.analysis.cost import info
     from mirl.errors import UserError
+    from mirl.tasks.embed import EmbedOptions, embed
+    from mirl.tasks.evaluate import EvaluateOptions, evaluate
+    from mirl.tasks.finetune import finetune
+    from mirl.tasks.knn import KNNOptions, knn
     from mirl.tasks.pretrain import pretrain
-    from mirl.tasks.settings import Pretraining
+    from mirl.tasks.probe import ProbeOptions, probe
+    from mirl.tasks.settings import Finetuning, Pretraining
 
 _HOMES = {
     "pretrain": "mirl.tasks.pretrain",
     "Pretraining": "mirl.tasks.settings",
+    "finetune": "mirl.tasks.finetune",
+    "Finetuning": "mirl.tasks.settings",
+    "evaluate": "mirl.tasks.evaluate",
+    "EvaluateOptions": "mirl.tasks.evaluate",
+    "probe": "mirl.tasks.probe",
+    "ProbeOptions": "mirl.tasks.probe",
+    "knn": "mirl.tasks.knn",
+    "KNNOptions": "mirl.tasks.knn",
+    "embed": "mirl.tasks.embed",
+    "EmbedOptions": "mirl.tasks.embed",
     "info": "mirl.analysis.cost",
     "UserError": "mirl.errors",
 }
-__all__ = ["Pretraining", "UserError", "__version__", "info", "pretrain"]
+__all__ = ["EmbedOptions", "EvaluateOptions", "Finetuning", "KNNOptions", "Pretraining", "ProbeOptions", "UserError",
+           "__version__", "embed", "evaluate", "finetune", "info", "knn", "pretrain", "probe"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

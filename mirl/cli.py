@@ -12,6 +12,11 @@ from mirl.errors import UserError
 # name: (where the function is, one line). Named, not imported: `mirl --help` must not wait for PyTorch.
 COMMANDS = {
     "pretrain": ("mirl.tasks.pretrain:pretrain", "pre-train an encoder on a folder of images"),
+    "finetune": ("mirl.tasks.finetune:finetune", "train a classifier from an encoder"),
+    "evaluate": ("mirl.tasks.evaluate:evaluate", "judge a fine-tuned run on other images"),
+    "probe": ("mirl.tasks.probe:probe", "linear classifier on frozen features"),
+    "knn": ("mirl.tasks.knn:knn", "nearest neighbours on frozen features"),
+    "embed": ("mirl.tasks.embed:embed", "write features of a folder of images"),
     "info": ("mirl.analysis.cost:info", "print a model's parameters and cost"),
 }
 

@@ -84,7 +84,7 @@ class LabelledBatch(Batch):
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Make random numbers of torch's CPU, NumPy and Python functions of `key` in the block; leave them as they were.
+    """Make random numbers of torch, NumPy and Python functions of `key` in the block; leave the CPU's as they were.
 
     timm's augmentations draw from all three.
     """
@@ -93,6 +93,8 @@ def seeded(*key: int) -> Iterator[None]:
     torch.default_generator.manual_seed(int(seeds[0]))
     np.random.seed(int(seeds[1] >> 32))  # noqa: NPY002
     random.seed(int(seeds[1]))
+    if torch.cuda.is_initialized():  # never in a data worker
+        torch.cuda.manual_seed(int(seeds[0]))
     try:
         yield
     finally:

@@ -1,10 +1,15 @@
 """Views of an image. Inputs and outputs are uint8 tensors [c, h, w]: normalisation happens on the device."""
 
 import torch
+from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 Size = tuple[int, int]
+
+EVALUATION_CROP = 224 / 256  # share of a scaled photograph's side that is seen
+SMALL = 96  # pixels below which all of an image is
 
 
 def training_view(size: Size, min_crop: float, flip: bool) -> v2.Transform:
@@ -16,13 +21,33 @@ def training_view(size: Size, min_crop: float, flip: bool) -> v2.Transform:
     return v2.Compose([crop, v2.RandomHorizontalFlip(0.5 if flip else 0.0)])
 
 
-def fixed_view(image: Tensor, size: Size) -> Tensor:
-    """Scale `image` to cover `size`, keeping its aspect, and crop the centre."""
+def augmented_view(size: Size, min_crop: float, flip: bool, randaugment: str) -> v2.Transform:
+    """As `training_view`, then timm's RandAugment by its description; "none" is none. RGB images only."""
+    view = training_view(size, min_crop, flip)
+    if randaugment == "none":
+        return view
+    mean = tuple(min(255, round(255 * value)) for value in channel_statistics(3)[0])
+    # timm's own choices for what the description leaves open.
+    options = {"translate_const": int(min(size) * 0.45), "img_mean": mean, "interpolation": Image.Resampling.BICUBIC}
+    augment = rand_augment_transform(randaugment, options)
+    for operation in augment.ops:
+        if operation.name.startswith("Posterize"):
+            operation.magnitude_max = 9.9  # at 10 timm keeps 0 bits of colour, which Pillow has come to refuse
+    return v2.Compose([view, v2.ToPILImage(), v2.Lambda(augment), v2.PILToTensor()])
+
+
+def fixed_view(image: Tensor, size: Size, share: float = 1.0) -> Tensor:
+    """Scale `image` to cover `size` / `share`, keeping its aspect, and crop the centre of `size`."""
     height, width = image.shape[-2:]
-    scale = max(size[0] / height, size[1] / width)
+    scale = max(size[0] / height, size[1] / width) / share
     covering = [max(size[0], round(height * scale)), max(size[1], round(width * scale))]
     resized = v2.functional.resize(image, covering, interpolation=InterpolationMode.BICUBIC, antialias=True)
     return v2.functional.center_crop(resized, list(size))
+
+
+def evaluation_view(image: Tensor, size: Size) -> Tensor:
+    """Return what a classifier is judged on: the centre of a photograph, as MAE's, and all of a small image."""
+    return fixed_view(image, size, EVALUATION_CROP if min(size) >= SMALL else 1.0)
 
 
 def channel_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -34,5 +59,10 @@ def channel_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, .
 
 def normalise(images: Tensor, channels: int) -> Tensor:
     """Map uint8 `images` [b, c, h, w] to float32 of about zero mean and unit variance."""
-    mean, deviation = (images.new_tensor(s, dtype=torch.float32).view(-1, 1, 1) for s in channel_statistics(channels))
-    return (images.float() / 255 - mean) / deviation
+    return standardise(images, *channel_statistics(channels))
+
+
+def standardise(images: Tensor, mean: tuple[float, ...], deviation: tuple[float, ...]) -> Tensor:
+    """Map uint8 `images` [b, c, h, w] to float32, by each channel's mean and deviation of images in 0..1."""
+    means, deviations = (images.new_tensor(s, dtype=torch.float32).view(-1, 1, 1) for s in (mean, deviation))
+    return (images.float() / 255 - means) / deviations

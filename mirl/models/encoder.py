@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mirl.errors import UserError
-from mirl.models.patches import Size, gather, grid_size, sincos_positions
+from mirl.models.patches import Size, gather, sincos_positions
 
 # name: (width, heads). s has 12 heads, as in the paper's Table 1 (timm's vit_small has 6).
+ARCHITECTURE = "vit_base_patch16_224"  # of timm's; every size of it is an argument
 WIDTHS = {"ti": (192, 3), "s": (384, 12), "b": (768, 12), "l": (1024, 16)}
 
 
@@ -27,6 +28,12 @@ def parse_model(name: str) -> tuple[int, int, int]:
     if not match:
         raise UserError(f"unknown model '{name}'; use vit_{{{','.join(WIDTHS)}}}_DEPTH, e.g. vit_s_54 or vit_b_24")
     return *WIDTHS[match[1]], int(match[2])
+
+
+def model_name(width: int, heads: int, depth: int) -> str:
+    """Return the name of a model, the inverse of `parse_model`; a description where it has none."""
+    size = next((name for name, form in WIDTHS.items() if form == (width, heads)), None)
+    return f"vit_{size}_{depth}" if size else f"ViT of {depth} blocks, width {width}, {heads} heads"
 
 
 def check_sizes(image_size: Size, patch_size: Size) -> None:
@@ -71,15 +78,20 @@ def build_encoder(
     """
     check_sizes(image_size, patch_size)
     arguments = timm_arguments(width, heads, depth, image_size, patch_size, channels)
-    encoder: VisionTransformer = timm.create_model("vit_base_patch16_224", pretrained=False, **arguments)
-    initialise(encoder)
-    nn.init.xavier_uniform_(encoder.patch_embed.proj.weight.view(width, -1))
-    nn.init.normal_(encoder.cls_token, std=0.02)
-    positions = sincos_positions(width, grid_size(image_size, patch_size))
-    with torch.no_grad():
-        encoder.pos_embed.copy_(F.pad(positions, (0, 0, 1, 0)))  # the class token has position zero
+    encoder: VisionTransformer = timm.create_model(ARCHITECTURE, pretrained=False, **arguments)
+    initialise_encoder(encoder)
     encoder.pos_embed.requires_grad_(False)
     return encoder
+
+
+def initialise_encoder(encoder: VisionTransformer) -> None:
+    """Give a timm ViT MAE's initialisation and sine-cosine positions."""
+    initialise(encoder)
+    nn.init.xavier_uniform_(encoder.patch_embed.proj.weight.view(encoder.embed_dim, -1))
+    nn.init.normal_(encoder.cls_token, std=0.02)
+    positions = sincos_positions(encoder.embed_dim, encoder.patch_embed.grid_size)
+    with torch.no_grad():
+        encoder.pos_embed.copy_(F.pad(positions, (0, 0, 1, 0)))  # the class token has position zero
 
 
 def initialise(module: nn.Module) -> None:

@@ -2,14 +2,17 @@
 
 import json
 import shutil
+from typing import Any
 
 from safetensors.torch import save_file
-from timm.models import save_for_hf
+from timm.models import VisionTransformer, save_for_hf
 
 from mirl.data.transforms import channel_statistics
 from mirl.models.autoencoder import Autoencoder
-from mirl.models.encoder import parse_model, timm_arguments
+from mirl.models.encoder import ARCHITECTURE, parse_model, timm_arguments
+from mirl.models.patches import Size
 from mirl.tasks.settings import Resolved, ResolvedRun
+from mirl.tasks.weights import Weights
 from mirl.training.checkpoints import atomic
 from mirl.training.runs import RunFolder
 
@@ -18,11 +21,6 @@ def export(model: Autoencoder, settings: Resolved, saved: ResolvedRun, run: RunF
     """Write `encoder/`, which timm opens, and `autoencoder.safetensors`, which holds the decoders too."""
     encoder, channels = model.encoder, settings.channels
     mean, deviation = channel_statistics(channels)
-    encoder.pretrained_cfg = {
-        "architecture": "vit_base_patch16_224", "input_size": (channels, *model.image_size), "fixed_input_size": True,
-        "mean": mean, "std": deviation, "interpolation": "bicubic", "crop_pct": 1.0, "num_classes": 0,
-        "first_conv": "patch_embed.proj", "classifier": "head",
-    }  # fmt: skip
     arguments = timm_arguments(
         encoder.embed_dim,
         encoder.blocks[0].attn.num_heads,
@@ -31,14 +29,51 @@ def export(model: Autoencoder, settings: Resolved, saved: ResolvedRun, run: RunF
         model.patch_size,
         channels,
     )
-    fresh = run.encoder.with_name("encoder.tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
-    save_for_hf(encoder, str(fresh), model_args=arguments, safe_serialization=True)
-    shutil.rmtree(run.encoder, ignore_errors=True)
-    fresh.rename(run.encoder)
+    _write(encoder, ARCHITECTURE, arguments, {"mean": mean, "std": deviation}, run)
     state = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
     with atomic(run.autoencoder) as temporary:
         save_file(state, temporary, metadata={"format": "pt", "mirl": json.dumps(saved.saved())})
+
+
+def export_classifier(
+    model: VisionTransformer, weights: Weights, classes: tuple[str, ...], image_size: Size, run: RunFolder
+) -> None:
+    """Write a fine-tuned classifier to `encoder/`, which timm opens, with the names of its classes."""
+    arguments = weights.arguments | {
+        "depth": len(model.blocks), "img_size": list(image_size), "patch_size": list(model.patch_embed.patch_size),
+        "num_classes": len(classes), "global_pool": "avg", "fc_norm": True,
+    }  # fmt: skip
+    known = {"mean": weights.mean, "std": weights.deviation, "label_names": list(classes)}
+    _write(model, weights.architecture, arguments, known, run)
+
+
+def _write(
+    model: VisionTransformer, architecture: str, arguments: dict[str, Any], known: dict[str, Any], run: RunFolder
+) -> None:
+    model.pretrained_cfg = {
+        "architecture": architecture, "input_size": (arguments["in_chans"], *model.patch_embed.img_size),
+        "fixed_input_size": True, "interpolation": "bicubic", "crop_pct": 1.0, "num_classes": arguments["num_classes"],
+        "first_conv": "patch_embed.proj", "classifier": "head", **known,
+    }  # fmt: skip
+    fresh = run.encoder.with_name("encoder.tmp")
+    shutil.rmtree(fresh, ignore_errors=True)
+    save_for_hf(model, str(fresh), model_args=arguments, safe_serialization=True)
+    shutil.rmtree(run.encoder, ignore_errors=True)
+    fresh.rename(run.encoder)
+
+
+def how_to_classify(run: RunFolder, image_size: Size, channels: int, classes: int) -> str:
+    """Return lines that a user can paste."""
+    return f"""
+done: {run.path} · results.json has the accuracy of each class, pictures/ shows examples
+
+    import timm, torch
+    classifier = timm.create_model("local-dir:{run.encoder}", pretrained=True).eval()
+    images = torch.zeros(1, {channels}, {image_size[0]}, {image_size[1]})   # normalised as its config.json says
+    scores = classifier(images)   # [1, {classes}], in the order of label_names in config.json
+
+    mirl evaluate --weights {run.path} --data OTHER_FOLDER
+"""
 
 
 def how_to_use(run: RunFolder, settings: Resolved) -> str:

@@ -111,6 +111,7 @@ def _train(fabric: Fabric, settings: ResolvedRun, task: RunnableTask[B], run: Ru
         checkpoint_steps=settings.checkpoint_steps or steps,
         samples=task.samples,
         max_bad=settings.max_bad,
+        seed=settings.seed,
     )
     sampler = StepSampler(
         len(task.training), settings.batch_size, settings.micro_batch, seed=settings.seed, start=progress.step,

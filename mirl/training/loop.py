@@ -21,6 +21,7 @@ from mirl.training.runs import RunFolder
 from mirl.training.steps import Accumulator, Task, is_finite
 
 MAX_SKIPPED = 5  # non-finite steps in a row before the run stops
+STEPS = 2  # the stream of a step's random numbers; the data have others
 MAX_SKIPPED_FP16 = 25  # the loss scale starts at 2^16 and halves at each overflow
 
 
@@ -34,6 +35,7 @@ class Plan:
         rate: maps the number of finished steps to the learning rate.
         clip_grad: largest gradient norm, or None.
         evaluate_every: steps; checkpoint_seconds, checkpoint_steps: longest time and most steps between checkpoints.
+        seed: of what is random inside a step.
         samples, max_bad: size of the data set, and the share of unusable files that stops the run.
     """
 
@@ -48,6 +50,7 @@ class Plan:
     checkpoint_steps: int
     samples: int
     max_bad: float
+    seed: int = 0
 
 
 @dataclass
@@ -143,7 +146,8 @@ def fit(
             rate = plan.rate(progress.step)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("lr_scale", 1.0)
-            means, norm = accumulator.step(chunks)
+            key = (plan.seed, STEPS, progress.step, fabric.global_rank)
+            means, norm = accumulator.step(chunks, key)
             finite = is_finite(means, norm)
             if finite and task.average:
                 task.average.update(task.model, step=progress.step)
@@ -151,7 +155,7 @@ def fit(
             in_a_row = 0 if finite else in_a_row + 1
             if not finite:
                 progress.skipped += 1
-                culprits = [name for names in from_all(fabric, accumulator.culprits(chunks)) for name in names]
+                culprits = [name for names in from_all(fabric, accumulator.culprits(chunks, key)) for name in names]
                 with as_one(fabric):
                     report_skipped(fabric, run, progress, culprits, in_a_row)
             report_bad(run, progress, (file for chunk in chunks for file in chunk.bad))

@@ -3,6 +3,7 @@
 Paper: Figure 7. And curves of the run so far.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,12 +87,28 @@ def draw(columns: Sequence[Panel], path: Path, title: str) -> None:
         figure.savefig(temporary, format="png")
 
 
+def contact_sheet(images: Tensor, captions: Sequence[str], path: Path, title: str, *, columns: int = 8) -> None:
+    """Draw uint8 `images` [b, c, h, w] with a caption each to a PNG at `path`."""
+    rows = math.ceil(len(images) / columns)
+    figure = Figure(figsize=(1.3 * columns, 1.55 * rows + 0.4), dpi=110, layout="constrained")
+    figure.suptitle(title, fontsize=8)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for place in axes:
+        place.axis("off")
+    for place, image, caption in zip(axes, images, captions, strict=False):
+        pixels = image[:3].permute(1, 2, 0) if len(image) >= 3 else image[0]
+        place.imshow(pixels.cpu().numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        place.set_title(caption, fontsize=6)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
 def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw loss, pairs, learning rate, gradient norm and speed over epochs from rows of metrics.jsonl to a PNG."""
     training = [row for row in rows if row["kind"] == "train"]
     held_out = [row for row in rows if row["kind"] == "held_out"]
     figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
-    (loss, pairs, rate), (norm, speed, wait) = figure.subplots(2, 3)
+    (loss, parts, rate), (norm, speed, wait) = figure.subplots(2, 3)
     if training:
         names = {"loss": loss, "lr": rate, "grad_norm": norm, "images_per_second": speed}
         for name, axes in names.items():
@@ -100,13 +117,15 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
         wait.plot(epochs, [100 * row["data_wait"] / row["seconds"] for row in training], color="C0", linewidth=0.8)
     _curve(loss, held_out, "loss", label="held out", color="C1", marker="o")
     loss.legend(fontsize=7)
-    members = sorted({name for row in held_out for name in row if name.startswith("pair_")}) or ["loss"]
+    others = {name for row in held_out for name in row} - {"kind", "step", "epoch", "loss", "average_loss"}
+    members = sorted(others) or ["loss"]
     for name in members:
-        _curve(pairs, held_out, name, label=name.replace("_", " "), marker="o")
-    pairs.legend(fontsize=7)
+        _curve(parts, held_out, name, label=name.replace("_", " "), marker="o")
+    parts.legend(fontsize=7)
+    accuracies = any("top1" in name for name in members)
     titles = {
-        loss: "loss", pairs: "held-out loss", rate: "learning rate", norm: "gradient norm",
-        speed: "images a second", wait: "waiting for data, % of the time",
+        loss: "loss", parts: "held-out accuracy" if accuracies else "held-out loss", rate: "learning rate",
+        norm: "gradient norm", speed: "images a second", wait: "waiting for data, % of the time",
     }  # fmt: skip
     for axes, title in titles.items():
         axes.set_title(title, fontsize=8)

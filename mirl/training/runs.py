@@ -18,7 +18,7 @@ from mirl.training.checkpoints import atomic
 
 ENTRIES = (
     *("config.yaml", "log.txt", "metrics.jsonl", "tensorboard", "checkpoints", "encoder", "autoencoder.safetensors"),
-    *("encoder.tmp", "pictures"),
+    *("encoder.tmp", "pictures", "results.json"),
 )
 console = Console(highlight=False, soft_wrap=True, emoji=False)  # "shapes:100" is not an emoji
 

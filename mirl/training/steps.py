@@ -9,7 +9,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from mirl.data.loading import B
+from mirl.data.loading import B, seeded
 from mirl.errors import UserError
 from mirl.training.processes import Fabric, as_one, over_processes
 from mirl.training.runs import RunFolder
@@ -104,9 +104,12 @@ class Accumulator(Generic[B]):
         self.clip = clip_grad or math.inf
         self.piece = 0  # images computed at once; 0: whole micro-batches
 
-    def step(self, chunks: list[B]) -> tuple[dict[str, float], float]:
-        """Do one optimizer step; return the mean of each recorded value and the gradient norm before clipping."""
-        while (means := self._gradients_that_fit(chunks)) is None:
+    def step(self, chunks: list[B], key: tuple[int, ...]) -> tuple[dict[str, float], float]:
+        """Do one optimizer step; return the mean of each recorded value and the gradient norm before clipping.
+
+        Whatever is random in it (drop path, mixing) is a function of `key`, so that a resumed run repeats it.
+        """
+        while (means := self._gradients_that_fit(chunks, key)) is None:
             self._halve(len(chunks[0]))
         total = self.fabric.clip_gradients(self.model, self.optimizer, max_norm=self.clip, error_if_nonfinite=False)
         assert total is not None
@@ -117,9 +120,10 @@ class Accumulator(Generic[B]):
         self.optimizer.zero_grad()
         return means, norm
 
-    def _gradients_that_fit(self, chunks: list[B]) -> dict[str, float] | None:
+    def _gradients_that_fit(self, chunks: list[B], key: tuple[int, ...]) -> dict[str, float] | None:
         try:
-            return self._gradients(chunks)
+            with seeded(*key):
+                return self._gradients(chunks)
         except torch.OutOfMemoryError:  # memory is free again only once this error, which holds activations, is gone
             return None
 
@@ -153,12 +157,13 @@ class Accumulator(Generic[B]):
         self.run.say(f"out of GPU memory with {size} images at once; going on with {self.piece}")
 
     @torch.no_grad()
-    def culprits(self, chunks: list[B]) -> list[str]:
+    def culprits(self, chunks: list[B], key: tuple[int, ...]) -> list[str]:
         """Name the images whose own loss is not finite; if none is, the gradient alone overflowed."""
         names = []
-        for piece in self._pieces(chunks):
-            finite = self.task.loss(self.model, piece)["loss"].isfinite().tolist()
-            names += [name for name, good in zip(self.task.names(piece), finite, strict=True) if not good]
+        with seeded(*key):
+            for piece in self._pieces(chunks):
+                finite = self.task.loss(self.model, piece)["loss"].isfinite().tolist()
+                names += [name for name, good in zip(self.task.names(piece), finite, strict=True) if not good]
         return names
 
 

@@ -1,0 +1,158 @@
+"""`mirl evaluate`: how good a fine-tuned classifier is on other images, where it errs, and whether it knows."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from scipy.special import softmax
+from sklearn.metrics import confusion_matrix
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from mirl.data.labels import check_known, open_test
+from mirl.data.loading import LabelledImages
+from mirl.data.sources import Source
+from mirl.data.transforms import evaluation_view
+from mirl.errors import UserError
+from mirl.tasks.accuracy import Accuracy, Predictions, accuracy, predict, write_json
+from mirl.tasks.weights import open_weights
+from mirl.training.checkpoints import atomic
+from mirl.training.pictures import contact_sheet
+from mirl.training.runs import console
+
+WORST = 40
+CALIBRATION_BINS = 15
+NAMED = 40  # most classes whose names fit beside a confusion matrix
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Options of `mirl evaluate`."""
+
+    weights: str | None = None
+    """run folder of mirl finetune, or its encoder/"""
+    data: str = "shapes"
+    """class folders, some or all of the classifier's; of a folder with val/ or test/ that one; or `shapes`"""
+    batch_size: int = 64
+    """images computed at once"""
+    workers: int | None = None
+    """data workers; by default one per core of a GPU, at most 16; on a CPU few or none"""
+    out: str | None = None
+    """folder of the results; by default evaluations/ and the name of the data, in the run folder if --weights is one"""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found.
+
+    Attributes:
+        accuracy: of the classes that the data have; confusion: images [true class, said class].
+        calibration_error: expected, in 0..1, over 15 bins (ECE): how far confidence is from accuracy.
+        confidence: mean probability of the class that was said.
+    """
+
+    accuracy: Accuracy
+    calibration_error: float
+    confidence: float
+    confusion: list[list[int]]
+
+
+def evaluate(**options: Any) -> Evaluation:
+    """Judge a fine-tuned classifier on a folder of class folders, and write what was found.
+
+    Writes accuracies and the expected calibration error as JSON, the confusion matrix, and the worst mistakes as a
+    contact sheet. Takes the fields of `mirl.EvaluateOptions`.
+
+    Raises:
+        UserError: on a mistake in options, weights or data.
+    """
+    settings = EvaluateOptions(**options)
+    if not settings.weights:
+        raise UserError("--weights is missing; give a run folder of mirl finetune")
+    weights = open_weights(settings.weights, say=console.print)
+    if not weights.classes:
+        raise UserError(
+            f"{settings.weights} has no classifier; make one with mirl finetune --weights {settings.weights}"
+        )
+    split = open_test(settings.data, channels=weights.channels)
+    check_known(settings.data, split.classes, weights.classes)
+    known = np.array([weights.classes.index(name) for name in split.classes])
+    view = partial(evaluation_view, size=weights.image_size)
+    dataset = LabelledImages(split.source, split.members, view, labels=known[split.labels])
+    classifier = weights.build().to("cuda" if torch.cuda.is_available() else "cpu")
+    found = predict(classifier, dataset, weights.mean, weights.deviation, settings.batch_size, settings.workers)
+
+    result = judge(found, weights.classes)
+    folder = _folder(settings)
+    write_json(folder / "results.json", {"weights": settings.weights, "data": settings.data, **asdict(result)})
+    draw_confusion(result.confusion, weights.classes, folder / "confusion.png")
+    draw_worst(found, split.source, view, weights.classes, folder / "worst.png")
+    console.print(f"{settings.data}: {len(found.labels)} images of {len(split.classes)} classes", markup=False)
+    for name, reason in found.bad:
+        console.print(f"left out {name}: {reason}", markup=False)
+    console.print(f"{result.accuracy}", markup=False)
+    console.print(f"calibration error {result.calibration_error:.2%}, mean confidence {result.confidence:.2%}")
+    console.print(f"saved {folder}: results.json, confusion.png, worst.png", markup=False)
+    return result
+
+
+def judge(found: Predictions, classes: tuple[str, ...]) -> Evaluation:
+    """Compare predictions with the truth."""
+    probabilities = softmax(found.scores, axis=1)
+    error = multiclass_calibration_error(
+        torch.from_numpy(probabilities), torch.from_numpy(found.labels), len(classes), n_bins=CALIBRATION_BINS
+    )
+    said = found.scores.argmax(axis=1)
+    return Evaluation(
+        accuracy(found.scores, found.labels, classes),
+        float(error),
+        float(probabilities.max(axis=1).mean()),
+        confusion_matrix(found.labels, said, labels=np.arange(len(classes))).tolist(),
+    )
+
+
+def draw_confusion(confusion: list[list[int]], classes: tuple[str, ...], path: Path) -> None:
+    """Draw the share of each true class (row) that was said to be each class (column) to a PNG."""
+    counts = np.array(confusion)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    named = len(classes) <= NAMED
+    side = 2.5 + 0.28 * len(classes) if named else 9
+    figure = Figure(figsize=(side + 0.8, side), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(image, ax=axes, label="% of the true class", shrink=0.8)
+    axes.set(xlabel="said", ylabel="true")
+    if named:
+        axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
+        axes.set_yticks(range(len(classes)), classes, fontsize=7)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def draw_worst(
+    found: Predictions, source: Source, view: Callable[[Tensor], Tensor], classes: tuple[str, ...], path: Path
+) -> None:
+    """Draw the mistakes of which the classifier was surest to a PNG; without a mistake there is no picture."""
+    path.unlink(missing_ok=True)
+    probabilities = softmax(found.scores, axis=1)
+    said, sure = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    wrong = np.flatnonzero(said != found.labels)
+    worst = wrong[np.argsort(-sure[wrong])][:WORST]
+    if len(worst):
+        images = torch.stack([view(source.read(int(found.indices[i]))) for i in worst])
+        captions = [f"{classes[said[i]]} {sure[i]:.0%}\nis {classes[found.labels[i]]}" for i in worst]
+        contact_sheet(images, captions, path, f"the {len(worst)} surest of {len(wrong)} mistakes")
+
+
+def _folder(options: EvaluateOptions) -> Path:
+    if options.out:
+        return Path(options.out)
+    assert options.weights is not None
+    run = Path(options.weights)
+    name = Path(options.data).stem.replace(":", "-") or "data"
+    return (run if (run / "config.yaml").exists() else Path()) / "evaluations" / name

@@ -1,0 +1,204 @@
+"""Features of images from a frozen encoder, at any depth: what probes, k-NN and `mirl embed` read.
+
+Images are never masked and never augmented: one fixed view each. Symbols: b images, m blocks read, n patches, d width.
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from mirl.data.labels import LabelledSource
+from mirl.data.loading import Batch, LabelledImages, Views, load
+from mirl.data.transforms import fixed_view, standardise
+from mirl.errors import UserError
+from mirl.tasks.settings import Ranges, available_cores, default_workers, pair
+from mirl.tasks.weights import Weights, open_weights
+from mirl.training.runs import console
+
+Pool = Literal["mean", "cls", "patch"]
+POOL_TYPES = {"mean": "avg", "cls": "token"}
+PIXELS = "pixels"  # the name of raw pixels among `--weights`
+PIXEL_SIZE = 32
+
+
+@dataclass(frozen=True)
+class FeatureOptions:
+    """Options of every command that reads features."""
+
+    weights: str | None = None
+    """run folder, its encoder/, a .safetensors file that a run wrote, a timm name, or `pixels` for raw pixels"""
+    data: str = "shapes"
+    """images"""
+    untrained: bool = False
+    """fresh weights in place of the trained ones: what training must beat"""
+    pool: Literal["mean", "cls"] = "mean"
+    """mean over patch tokens, or the class token"""
+    block: int | None = None
+    """after which block, from 1; by default the last"""
+    image_size: int | tuple[int, int] | None = None
+    """pixels, one number or [height,width]; by default what the encoder was trained on"""
+    batch_size: int = 64
+    """images computed at once"""
+    workers: int | None = None
+    """data workers; by default one per core of a GPU, at most 16; on a CPU few or none"""
+    precision: Literal["32", "bf16"] = "32"
+    """of the encoder; bf16 is faster on a GPU"""
+    out: str | None = None
+    """where results go"""
+
+    def __post_init__(self) -> None:
+        if not self.weights:
+            raise UserError("--weights is missing; give a run folder, a timm name, or `pixels`")
+        for name, (allowed, text) in self.ranges().items():
+            value = getattr(self, name)
+            if value is not None and not allowed(value):
+                raise UserError(f"--{name} {value} is not allowed; give {text}")
+
+    def ranges(self) -> Ranges:
+        """Return what is allowed for numbers."""
+        return {
+            "batch_size": (lambda x: x >= 1, "1 or more"),
+            "workers": (lambda x: x >= 0, "0 or more"),
+            "block": (lambda x: x >= 1, "1 or more"),
+        }
+
+
+class FrozenEncoder:
+    """Maps uint8 images to features after some of an encoder's blocks.
+
+    A block's features are what the model would return if that block were its last: final norm, pooling, norm after
+    pooling if there is one. So the last block's are those of `timm.create_model("local-dir:...")(images)`.
+
+    Args:
+        blocks: from 1, in order; by default the last one.
+        pool: "mean" over patch tokens, "cls" token, or "patch": every patch token.
+
+    Raises:
+        UserError: if the encoder has no such block or no class token.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        *,
+        untrained: bool = False,
+        blocks: Sequence[int] = (),
+        pool: Pool = "mean",
+        image_size: tuple[int, int] | None = None,
+        precision: Literal["32", "bf16"] = "32",
+    ) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.size, self.channels, self.pool = image_size or weights.image_size, weights.channels, pool
+        self.statistics = weights.mean, weights.deviation
+        self.blocks = list(blocks) or [weights.depth]
+        if self.blocks[-1] > weights.depth:
+            raise UserError(f"--block {self.blocks[-1]} is not there: the encoder has {weights.depth} blocks")
+        self.encoder = weights.build(
+            trained=not untrained, num_classes=0, img_size=self.size, depth=self.blocks[-1]
+        ).to(self.device)
+        if pool == "cls" and not self.encoder.num_prefix_tokens:
+            raise UserError("this encoder has no class token; give --pool mean")
+        patches = (self.encoder.patch_embed.num_patches,) if pool == "patch" else ()
+        self.shape: tuple[int, ...] = (len(self.blocks), *patches, self.encoder.embed_dim)
+        self.reduced = precision == "bf16"
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Map uint8 images [b, c, h, w] to float32 features [b, m, d], or [b, m, n, d] of patches."""
+        pixels = standardise(images.to(self.device), *self.statistics)
+        with torch.autocast(self.device.type, torch.bfloat16) if self.reduced else nullcontext():
+            outputs = self.encoder.forward_intermediates(
+                pixels, indices=[block - 1 for block in self.blocks], norm=True, intermediates_only=True,
+                output_fmt="NLC", return_prefix_tokens=True,
+            )  # fmt: skip
+            features = [self._pooled(patches, prefix) for patches, prefix in outputs]
+        return torch.stack(features, dim=1).float()
+
+    def _pooled(self, patches: Tensor, prefix: Tensor) -> Tensor:
+        if self.pool == "patch":
+            return patches
+        tokens = torch.cat([prefix, patches], dim=1)
+        return self.encoder.fc_norm(self.encoder.pool(tokens, pool_type=POOL_TYPES[self.pool]))
+
+
+class RawPixels:
+    """The images themselves, small: what any encoder must beat. Has the interface of `FrozenEncoder`."""
+
+    def __init__(self, channels: int = 3) -> None:
+        self.size, self.channels, self.blocks = (PIXEL_SIZE, PIXEL_SIZE), channels, [0]
+        self.shape: tuple[int, ...] = (1, channels * PIXEL_SIZE**2)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Map uint8 images [b, c, 32, 32] to float32 features [b, 1, c * 1024] in 0..1."""
+        return images.flatten(1)[:, None].float() / 255
+
+
+def open_encoder(options: FeatureOptions, *, every_block: bool = False, pool: Pool | None = None) -> Any:
+    """Open what `--weights` names as something that maps images to features."""
+    assert options.weights is not None
+    if options.weights == PIXELS:
+        return RawPixels()
+    weights = open_weights(options.weights, say=console.print)
+    return FrozenEncoder(
+        weights, untrained=options.untrained, pool=pool or options.pool, precision=options.precision,
+        blocks=range(1, weights.depth + 1) if every_block else [options.block] if options.block else (),
+        image_size=None if options.image_size is None else pair(options.image_size),
+    )  # fmt: skip
+
+
+def batches(dataset: Views, size: int, workers: int | None, title: str) -> Iterator[Batch]:
+    """Read a data set once, in order, `size` images at once, with a progress bar.
+
+    Images that cannot be read are missing from the batches, which may be empty.
+    """
+    if workers is None:
+        workers = default_workers(available_cores(), torch.cuda.is_available())
+    keys = [[(0, i) for i in range(k, min(k + size, len(dataset)))] for k in range(0, len(dataset), size)]
+    loader = load(dataset, keys, workers=workers, pin=torch.cuda.is_available())
+    yield from track(loader, title, total=len(keys), console=console, transient=True, disable=not console.is_terminal)
+
+
+@dataclass(frozen=True)
+class Cached:
+    """Features of a split, in a temporary file that memory maps, not in memory.
+
+    Attributes:
+        features: float32 [n, m, d]; labels: int64 [n]; bad: (name, reason) of files that could not be read.
+    """
+
+    features: np.ndarray
+    labels: np.ndarray
+    bad: tuple[tuple[str, str], ...]
+
+
+def cache(encoder: Any, split: LabelledSource, options: FeatureOptions, title: str) -> Cached:
+    """Compute the features of a split once.
+
+    Raises:
+        UserError: if none of its images can be read.
+    """
+    view = partial(fixed_view, size=encoder.size)
+    dataset = LabelledImages(split.source, split.members, view, labels=split.labels)
+    features = np.memmap(tempfile.TemporaryFile(), np.float32, "w+", shape=(len(split), *encoder.shape))  # noqa: SIM115
+    labels = np.empty(len(split), np.int64)
+    count = 0
+    bad: list[tuple[str, str]] = []
+    for batch in batches(dataset, options.batch_size, options.workers, title):
+        bad += batch.bad
+        if len(batch):
+            features[count : count + len(batch)] = encoder(batch.images).cpu().numpy()
+            labels[count : count + len(batch)] = batch.labels.numpy()  # type: ignore[attr-defined]
+            count += len(batch)
+    if not count:
+        raise UserError(f"none of the {len(split)} images can be read, e.g. {bad[0][0]} {bad[0][1]}; check the data")
+    for name, reason in bad:
+        console.print(f"left out {name}: {reason}", markup=False)
+    return Cached(features[:count], labels[:count], tuple(bad))

@@ -1,0 +1,271 @@
+"""`mirl finetune`: a classifier from a pre-trained encoder, by MAE's recipe, which the paper follows."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data.mixup import Mixup, mixup_target
+from timm.data.random_erasing import RandomErasing
+from timm.models import VisionTransformer
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mirl.data.labels import LabelledSource, open_split
+from mirl.data.loading import Batch, LabelledBatch, LabelledImages, collate
+from mirl.data.transforms import augmented_view, evaluation_view, standardise
+from mirl.errors import UserError
+from mirl.models.encoder import check_sizes
+from mirl.tasks.accuracy import Accuracy, accuracy, predict, write_json
+from mirl.tasks.export import export_classifier, how_to_classify
+from mirl.tasks.run import RunnableTask, carry_out
+from mirl.tasks.settings import Finetuning, ResolvedFinetuning, ResolvedRun, resolve_finetuning, resumed
+from mirl.tasks.weights import Weights, open_weights
+from mirl.training import processes
+from mirl.training.optimizers import adamw
+from mirl.training.pictures import contact_sheet
+from mirl.training.runs import RunFolder, read_config
+from mirl.training.schedules import learning_rate
+
+BETAS = (0.9, 0.999)
+HEAD_DEVIATION = 2e-5  # MAE's
+PICTURED = 24
+TRAINING, HELD_OUT = 0, 1
+
+
+def finetune(**options: Any) -> Path:
+    """Train a classifier from an encoder on class folders, and return the run folder.
+
+    Takes the fields of `mirl.Finetuning` as keyword arguments, e.g. `mirl.finetune(weights="runs/a", data="labelled")`.
+
+    Raises:
+        UserError: on a mistake in the options, the weights, the data or the run folder.
+        KeyboardInterrupt: after SIGINT or SIGTERM, once the state is saved.
+    """
+    settings = Finetuning(**options)
+    if settings.resume:
+        settings = resumed(settings, read_config(settings.run_folder))
+    if not settings.weights:
+        raise UserError("--weights is missing; give a run folder of mirl pretrain, or a timm name")
+    precision = settings.precision if settings.precision != "auto" else processes.best_precision()
+    weights = open_weights(settings.weights)
+    train, val = open_split(
+        settings.data, channels=weights.channels, val_fraction=settings.val_fraction, seed=settings.seed
+    )
+    fabric = processes.launch(settings.devices, settings.num_nodes, precision)
+    with processes.as_one(fabric):
+        settings = resolve_finetuning(
+            settings, images=len(train), depth=weights.depth, image_size=weights.image_size,
+            patch_size=weights.patch_size, gpu=fabric.device.type == "cuda", devices=fabric.world_size,
+            precision=precision,
+        )  # fmt: skip
+        task = FinetuneTask(settings, weights, train, val)
+        run = RunFolder(
+            settings.folder, resume=settings.resume, overwrite=settings.overwrite, writes=fabric.is_global_zero
+        )
+    carry_out(fabric, settings, task, run)
+    return run.path
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedBatch(Batch):
+    """Normalised, mixed images [b, c, h, w] with `targets` [b, classes], which sum to one."""
+
+    targets: Tensor
+
+
+class FinetuneTask(RunnableTask[Batch]):
+    """Classification: a timm ViT with global pooling, a fresh norm and a fresh head.
+
+    Args:
+        settings: resolved; weights: what to start from; train, val: splits of the same classes.
+
+    Raises:
+        UserError: if sizes do not fit, or an augmentation does not suit the images.
+    """
+
+    model: VisionTransformer
+
+    def __init__(
+        self, settings: ResolvedFinetuning, weights: Weights, train: LabelledSource, val: LabelledSource
+    ) -> None:
+        self.settings, self.weights, self.classes = settings, weights, train.classes
+        self.train, self.val = train, val
+        self.samples = len(train) + len(val)
+        check_sizes(settings.image_size, settings.patch_size)
+        if settings.reinit_last > settings.depth:
+            raise UserError(f"--reinit_last {settings.reinit_last} is more than the {settings.depth} blocks")
+        self.randaugment = settings.randaugment if weights.channels == 3 else "none"
+        self.model = build_classifier(settings, weights, len(self.classes))
+        if settings.ema is not None:
+            # timm's average with these two numbers is MAE's relatives' min(decay, (1 + t) / (10 + t)).
+            self.average = ModelEmaV3(self.model, decay=settings.ema, use_warmup=True, warmup_gamma=9, warmup_power=1)
+        try:
+            view = augmented_view(settings.image_size, settings.min_crop, settings.flip, self.randaugment)
+        except (AssertionError, ValueError, KeyError) as error:
+            raise UserError(
+                f"--randaugment {settings.randaugment} is not allowed; give timm's description, such as "
+                "rand-m9-mstd0.5-inc1, or none"
+            ) from error
+        options: dict[str, Any] = {"smallest": (1, 1), "labels": train.labels}
+        self.training = LabelledImages(
+            train.source, train.members, view, key=(settings.seed, TRAINING), substitute=True, **options
+        )
+        see = partial(evaluation_view, size=settings.image_size)
+        self.held_out = LabelledImages(val.source, val.members, see, labels=val.labels, key=(0, HELD_OUT))
+        mixes = settings.mixup > 0 or settings.cutmix > 0
+        self.mix = (
+            Mixup(settings.mixup, settings.cutmix, label_smoothing=settings.smoothing, num_classes=len(self.classes))
+            if mixes
+            else None
+        )
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Build AdamW with a rate that decays from the head down to the patch embedding."""
+        settings = self.settings
+        return adamw(
+            self.model, lr=peak_rate(settings), weight_decay=settings.weight_decay, betas=BETAS,
+            fused=settings.precision != "16", layer_decay=settings.layer_decay,
+        )  # fmt: skip
+
+    def rate(self, progress: float) -> float:
+        """Return the head's learning rate at `progress` in 0..1 of the run."""
+        s = self.settings
+        warmup = min(1.0, s.warmup_epochs / s.epochs)
+        return learning_rate(progress, peak_rate(s), warmup, "cosine", least=s.min_lr)
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Normalise, erase and mix a micro-batch; the last image of an odd number stays unmixed."""
+        assert isinstance(batch, LabelledBatch)
+        s = self.settings
+        images = standardise(batch.images, self.weights.mean, self.weights.deviation)
+        erase = RandomErasing(s.erasing, mode="pixel", max_count=1, device=str(images.device))
+        images = erase(images)
+        targets = mixup_target(batch.labels, len(self.classes), smoothing=s.smoothing)
+        if self.mix and len(batch) > 1:
+            even = len(batch) // 2 * 2
+            _, targets[:even] = self.mix(images[:even], batch.labels[:even])
+        return MixedBatch(images=images, indices=batch.indices, targets=targets, bad=batch.bad)
+
+    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Return soft-target cross-entropy [b] in training, cross-entropy and accuracies [b] of labelled images."""
+        if isinstance(batch, MixedBatch):
+            return {"loss": F.cross_entropy(model(batch.images).float(), batch.targets, reduction="none")}
+        assert isinstance(batch, LabelledBatch)
+        scores = model(standardise(batch.images, self.weights.mean, self.weights.deviation)).float()
+        best = scores.topk(min(5, len(self.classes)), dim=1).indices == batch.labels[:, None]
+        top5 = {"top5": best.any(dim=1).float()} if len(self.classes) > 5 else {}
+        loss = F.cross_entropy(scores, batch.labels, reduction="none")
+        return {"loss": loss, "top1": best[:, 0].float(), **top5}
+
+    def names(self, batch: Batch) -> list[str]:
+        return [self.train.source.name_of(int(index)) for index in batch.indices]
+
+    def example(self, size: int) -> LabelledBatch:
+        """Return `size` random images, to measure memory and time with."""
+        images = torch.randint(256, (size, self.weights.channels, *self.settings.image_size), dtype=torch.uint8)
+        zeros = torch.zeros(size, dtype=torch.int64)
+        return LabelledBatch(images=images, indices=zeros, labels=zeros)
+
+    def draw(self, run: RunFolder, step: int, epoch: float) -> None:
+        """Write what the classifier is shown, before the first step, and what it says of held-out images."""
+        spread = np.unique(np.linspace(0, len(self.held_out) - 1, PICTURED).astype(int))
+        if step == 0:
+            shown = collate([self.training[0, int(i)] for i in spread % len(self.training)])
+            contact_sheet(
+                shown.images, self._class_names(shown), run.pictures / "augmented.png", "training images, before mixing"
+            )
+        batch = collate([self.held_out[0, int(i)] for i in spread])
+        if not len(batch):
+            return
+        device = next(self.model.parameters()).device
+        scores = self.model(standardise(batch.images.to(device), self.weights.mean, self.weights.deviation))
+        said = [self.classes[int(i)] for i in scores.argmax(dim=1)]
+        captions = [
+            name if name == truth else f"{name}\nis {truth}"
+            for name, truth in zip(said, self._class_names(batch), strict=True)
+        ]
+        contact_sheet(
+            batch.images, captions, run.pictures / f"step_{step:08d}.png", f"held-out images · epoch {epoch:g}"
+        )
+
+    def _class_names(self, batch: Batch) -> list[str]:
+        assert isinstance(batch, LabelledBatch)
+        return [self.classes[int(label)] for label in batch.labels]
+
+    def summary(self) -> list[str]:
+        """Say everything that was chosen, before the first step."""
+        s, w = self.settings, self.weights
+        parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
+        notes = []
+        if s.untrained:
+            notes.append("nothing of the weights is used but their form (--untrained)")
+        if s.depth != w.depth:
+            kind = f"{s.depth - w.depth} fresh blocks on top" if s.depth > w.depth else f"its first {s.depth} blocks"
+            notes.append(f"the encoder has {w.depth} blocks: {kind}")
+        if s.reinit_last:
+            notes.append(f"fresh weights for the last {s.reinit_last} blocks")
+        if s.patch_size != w.patch_size:
+            notes.append(f"patch embedding resampled from {w.patch_size} to {s.patch_size}")
+        if self.model.patch_embed.grid_size != tuple(i // p for i, p in zip(w.image_size, w.patch_size, strict=True)):
+            notes.append("positions resampled to another number of patches")
+        if self.randaugment != s.randaugment:
+            notes.append(f"RandAugment works on RGB, and these images have {w.channels} channels: left out")
+        (height, width), (patch_height, patch_width) = s.image_size, s.patch_size
+        steps = len(self.training) // s.batch_size
+        return [
+            f"data      {s.data}: {len(self.train)} images to train on, {len(self.val)} to test, "
+            f"{len(self.classes)} classes",
+            f"model     {s.weights}: ViT of {s.depth} blocks with a fresh head ({parameters:.1f} M parameters)",
+            f"input     {height}x{width} px, patches of {patch_height}x{patch_width}, {w.channels} channels",
+            f"recipe    {s.epochs} epochs of {steps} steps · batch {s.batch_size} · peak rate {peak_rate(s):.2g} after "
+            f"{s.warmup_epochs:.3g} epochs · layer decay {s.layer_decay:g} · drop path {s.drop_path:g} · seed {s.seed}",
+            f"images    crops from {s.min_crop:g} of the area · {self.randaugment} · erasing {s.erasing:g} "
+            f"· mixup {s.mixup:g} · cutmix {s.cutmix:g} · smoothing {s.smoothing:g}",
+            *(f"note      {note}" for note in notes),
+        ]
+
+    def finish(self, run: RunFolder, settings: ResolvedRun) -> None:
+        """Judge the last weights, and their average, on the test split; write results.json and the classifier."""
+        models = {"weights": self.model} | ({"average": self.average.module} if self.average else {})
+        results = {name: self.judge(model, settings) for name, model in models.items()}
+        write_json(run.path / "results.json", {"data": self.settings.data, "classes": len(self.classes), **results})
+        for name, result in results.items():
+            run.say(f"{name}: {result}")
+        best = self.average.module if self.average else self.model
+        export_classifier(best, self.weights, self.classes, self.settings.image_size, run)
+        run.say(how_to_classify(run, self.settings.image_size, self.weights.channels, len(self.classes)))
+
+    def judge(self, model: VisionTransformer, settings: ResolvedRun) -> Accuracy:
+        """Return a model's accuracy on the whole test split."""
+        found = predict(
+            model, self.held_out, self.weights.mean, self.weights.deviation, settings.micro_batch, settings.workers
+        )
+        return accuracy(found.scores, found.labels, self.classes)
+
+
+def build_classifier(settings: ResolvedFinetuning, weights: Weights, classes: int) -> VisionTransformer:
+    """Build the model to fine-tune: mean over patches, then a fresh norm and head; drop path. Paper: Sec. 4."""
+    changes: dict[str, Any] = {
+        "num_classes": classes, "depth": settings.depth, "img_size": settings.image_size, "global_pool": "avg",
+        "patch_size": settings.patch_size, "drop_path_rate": settings.drop_path, "fc_norm": True,
+    }  # fmt: skip
+    build = partial(weights.build, seed=settings.seed, **changes)
+    model = build(trained=not settings.untrained)
+    if settings.reinit_last:
+        fresh = build(trained=False)
+        model.blocks[-settings.reinit_last :].load_state_dict(fresh.blocks[-settings.reinit_last :].state_dict())
+    model.fc_norm.reset_parameters()
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        nn.init.trunc_normal_(model.head.weight, std=HEAD_DEVIATION)
+    nn.init.zeros_(model.head.bias)
+    return model.train()
+
+
+def peak_rate(settings: ResolvedFinetuning) -> float:
+    """Return the head's learning rate after warm-up: `base_lr` for 256 images, in proportion to the batch."""
+    return settings.base_lr * settings.batch_size / 256
