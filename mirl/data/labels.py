@@ -137,6 +137,12 @@ def divide(whole: LabelledSource, fraction: float, seed: int) -> tuple[LabelledS
     )
 
 
+def is_one_folder(data: str) -> bool:
+    """Tell whether `data` is a folder that is not split in two."""
+    root = Path(data).expanduser()
+    return root.is_dir() and not (_subfolder(root, TRAIN) and _subfolder(root, TEST))
+
+
 def check_known(data: str, classes: Sequence[str], known: Sequence[str]) -> None:
     """Raise UserError if a class is not among those that a model knows."""
     if unknown := sorted(set(classes) - set(known)):

@@ -3,10 +3,13 @@
 Images are never masked and never augmented: one fixed view each. Symbols: b images, m blocks read, n patches, d width.
 """
 
+import math
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal
 
@@ -19,12 +22,12 @@ from mirl.data.labels import LabelledSource
 from mirl.data.loading import Batch, LabelledImages, Views, load
 from mirl.data.transforms import fixed_view, standardise
 from mirl.errors import UserError
+from mirl.models.encoder import check_sizes
 from mirl.tasks.settings import Ranges, available_cores, default_workers, pair
 from mirl.tasks.weights import Weights, open_weights
 from mirl.training.runs import console
 
 Pool = Literal["mean", "cls", "patch"]
-POOL_TYPES = {"mean": "avg", "cls": "token"}
 PIXELS = "pixels"  # the name of raw pixels among `--weights`
 PIXEL_SIZE = 32
 
@@ -55,6 +58,10 @@ class FeatureOptions:
     """where results go"""
 
     def __post_init__(self) -> None:
+        for field in fields(self):  # pathlib's paths are welcome
+            value = getattr(self, field.name)
+            if isinstance(value, os.PathLike):
+                object.__setattr__(self, field.name, os.fspath(value))
         if not self.weights:
             raise UserError("--weights is missing; give a run folder, a timm name, or `pixels`")
         for name, (allowed, text) in self.ranges().items():
@@ -82,7 +89,7 @@ class FrozenEncoder:
         pool: "mean" over patch tokens, "cls" token, or "patch": every patch token.
 
     Raises:
-        UserError: if the encoder has no such block or no class token.
+        UserError: if the encoder has no such block or no class token, or its patches do not tile `image_size`.
     """
 
     def __init__(
@@ -101,10 +108,12 @@ class FrozenEncoder:
         self.blocks = list(blocks) or [weights.depth]
         if self.blocks[-1] > weights.depth:
             raise UserError(f"--block {self.blocks[-1]} is not there: the encoder has {weights.depth} blocks")
+        if image_size is not None:
+            check_sizes(image_size, weights.patch_size)
         self.encoder = weights.build(
             trained=not untrained, num_classes=0, img_size=self.size, depth=self.blocks[-1]
         ).to(self.device)
-        if pool == "cls" and not self.encoder.num_prefix_tokens:
+        if pool == "cls" and not self.encoder.has_class_token:
             raise UserError("this encoder has no class token; give --pool mean")
         patches = (self.encoder.patch_embed.num_patches,) if pool == "patch" else ()
         self.shape: tuple[int, ...] = (len(self.blocks), *patches, self.encoder.embed_dim)
@@ -117,16 +126,16 @@ class FrozenEncoder:
         with torch.autocast(self.device.type, torch.bfloat16) if self.reduced else nullcontext():
             outputs = self.encoder.forward_intermediates(
                 pixels, indices=[block - 1 for block in self.blocks], norm=True, intermediates_only=True,
-                output_fmt="NLC", return_prefix_tokens=True,
+                output_fmt="NLC", return_prefix_tokens=self.pool == "cls",
             )  # fmt: skip
-            features = [self._pooled(patches, prefix) for patches, prefix in outputs]
+            features = [self._pooled(output) for output in outputs]
         return torch.stack(features, dim=1).float()
 
-    def _pooled(self, patches: Tensor, prefix: Tensor) -> Tensor:
+    def _pooled(self, output: Any) -> Tensor:
+        """Pool patch tokens [b, n, d]; for "cls" (patch tokens, other tokens), the class token first among these."""
         if self.pool == "patch":
-            return patches
-        tokens = torch.cat([prefix, patches], dim=1)
-        return self.encoder.fc_norm(self.encoder.pool(tokens, pool_type=POOL_TYPES[self.pool]))
+            return output
+        return self.encoder.fc_norm(output[1][:, 0] if self.pool == "cls" else output.mean(dim=1))
 
 
 class RawPixels:
@@ -183,11 +192,18 @@ def cache(encoder: Any, split: LabelledSource, options: FeatureOptions, title: s
     """Compute the features of a split once.
 
     Raises:
-        UserError: if none of its images can be read.
+        UserError: if none of its images can be read, or the features do not fit on the disk of temporary files.
     """
+    folder, shape = tempfile.gettempdir(), (len(split), *encoder.shape)
+    needed, free = 4 * math.prod(shape), shutil.disk_usage(folder).free
+    if needed > free:  # writing to a mapped file on a full disk would kill the process
+        raise UserError(
+            f"features need {needed / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f}; set TMPDIR to a larger disk"
+        )
     view = partial(fixed_view, size=encoder.size)
     dataset = LabelledImages(split.source, split.members, view, labels=split.labels)
-    features = np.memmap(tempfile.TemporaryFile(), np.float32, "w+", shape=(len(split), *encoder.shape))  # noqa: SIM115
+    with tempfile.TemporaryFile() as file:  # stays until nothing maps it any more
+        features = np.memmap(file, np.float32, "w+", shape=shape)
     labels = np.empty(len(split), np.int64)
     count = 0
     bad: list[tuple[str, str]] = []

@@ -25,6 +25,7 @@ from mirl.tasks.run import RunnableTask, carry_out
 from mirl.tasks.settings import Finetuning, ResolvedFinetuning, ResolvedRun, resolve_finetuning, resumed
 from mirl.tasks.weights import Weights, open_weights
 from mirl.training import processes
+from mirl.training.monitors import Monitor
 from mirl.training.optimizers import adamw
 from mirl.training.pictures import contact_sheet
 from mirl.training.runs import RunFolder, read_config
@@ -170,7 +171,7 @@ class FinetuneTask(RunnableTask[Batch]):
         zeros = torch.zeros(size, dtype=torch.int64)
         return LabelledBatch(images=images, indices=zeros, labels=zeros)
 
-    def draw(self, run: RunFolder, step: int, epoch: float) -> None:
+    def draw(self, run: RunFolder, _: Monitor, step: int, epoch: float) -> None:
         """Write what the classifier is shown, before the first step, and what it says of held-out images."""
         spread = np.unique(np.linspace(0, len(self.held_out) - 1, PICTURED).astype(int))
         if step == 0:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mirl.data.decode import BadImage
+from mirl.data.labels import LabelledSource, is_one_folder, open_split
 from mirl.data.loading import MaskedBatch, MaskedImages, collate
 from mirl.data.sources import Source, open_source
 from mirl.data.transforms import fixed_view, normalise, training_view
@@ -22,10 +23,12 @@ from mirl.models.encoder import check_sizes, parse_model
 from mirl.models.masking import split, visible_count
 from mirl.models.patches import gather, grid_size, patchify
 from mirl.objectives.pixels import pixel_target, reconstruction_loss
+from mirl.tasks.blocks import BlockMonitor
 from mirl.tasks.export import export, how_to_use
 from mirl.tasks.run import RunnableTask, carry_out
-from mirl.tasks.settings import Pretraining, Resolved, ResolvedRun, resolve, resumed
+from mirl.tasks.settings import Pretraining, Resolved, ResolvedRun, built_in, resolve, resumed
 from mirl.training import processes
+from mirl.training.monitors import Monitor
 from mirl.training.optimizers import adamw
 from mirl.training.pictures import draw, panels
 from mirl.training.runs import RunFolder, read_config
@@ -33,6 +36,7 @@ from mirl.training.schedules import learning_rate
 
 BETAS = (0.9, 0.95)
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.02, 2000
+READ_OUT_SHARE = 0.3  # of labelled images without a test split, to test read-outs on
 TRAINING, HELD_OUT = 0, 1  # streams of random numbers
 PICTURED = 6
 SAMPLED = 64  # images looked at to choose the image size
@@ -93,6 +97,13 @@ class PretrainTask(RunnableTask[MaskedBatch]):
         self.training = self.masked_images(training, view, TRAINING)
         # The same views and masks in every run of this data, whatever its seed, so that losses compare.
         self.held_out = self.masked_images(held_out, partial(fixed_view, size=self.image_size), HELD_OUT, seed=0)
+        self.blocks = None
+        if settings.block_figures:
+            labelled = open_read_out(settings)
+            self.blocks = BlockMonitor(
+                self.model.encoder, self.held_out, labelled, channels=settings.channels, precision=settings.precision,
+                between=settings.evaluate_epochs * len(training),
+            )  # fmt: skip
 
     def masked_images(
         self, members: np.ndarray, view: Callable[[Tensor], Tensor], stream: int, *, seed: int | None = None
@@ -134,8 +145,10 @@ class PretrainTask(RunnableTask[MaskedBatch]):
         indices = torch.zeros(size, dtype=torch.int64)
         return MaskedBatch(images=images, indices=indices, visible=visible, masked=masked)
 
-    def draw(self, run: RunFolder, step: int, epoch: float) -> None:
-        """Write the picture of this moment: six of the held-out images, with fixed masks."""
+    def draw(self, run: RunFolder, monitor: Monitor, step: int, epoch: float) -> None:
+        """Write the pictures of this moment: six of the held-out images, with fixed masks; what each block learns."""
+        if self.blocks:
+            self.blocks.observe(run, monitor, step, epoch)
         device = self.model.positions.device
         spread = np.unique(np.linspace(0, len(self.held_out) - 1, PICTURED).astype(int))
         batch = cast(MaskedBatch, collate([self.held_out[0, int(i)] for i in spread])).to(device)
@@ -150,6 +163,10 @@ class PretrainTask(RunnableTask[MaskedBatch]):
             run.pictures / f"step_{step:08d}.png",
             f"{self.settings.model} · {self.method.name} · epoch {epoch:g}",
         )
+
+    def settle(self) -> None:
+        if self.blocks:
+            self.blocks.settle()
 
     def summary(self) -> list[str]:
         """Say everything that was chosen, before the first step."""
@@ -189,6 +206,14 @@ def method_of(settings: Resolved) -> Method:
             raise UserError("--segments and --taps belong to mirl; mae has one decoder after the last block")
         return mae(depth)
     return mirl(depth, settings.segments, taps=settings.taps, context=settings.context)
+
+
+def open_read_out(settings: Resolved) -> tuple[LabelledSource, LabelledSource] | None:
+    """Open the images on which blocks are read out: --labelled, or the built-in shapes themselves."""
+    data = settings.labelled or (settings.data if built_in(settings.data) else None)
+    if data is None:
+        return None
+    return open_split(data, channels=settings.channels, val_fraction=READ_OUT_SHARE if is_one_folder(data) else None)
 
 
 def decoder_shape(settings: Resolved, method: Method) -> DecoderShape:

@@ -29,7 +29,7 @@ Precision = Literal["32", "bf16", "16"]
 # Options of one start, not of the run; the others that may change when a run is resumed.
 OF_THIS_START = {"resume", "overwrite", "download", "devices", "num_nodes", "workers"}
 FREE = {"out", "checkpoint_minutes", "checkpoint_steps", "max_bad", "micro_batch", "clip_grad", "evaluate_epochs",
-        "precision"}  # fmt: skip
+        "precision", "block_figures", "labelled"}  # fmt: skip
 NOT_SAVED = {"resume", "overwrite", "download"}
 
 
@@ -172,6 +172,11 @@ class _Pretraining:
     """linear warm-up; by default 40 of 300 epochs, in proportion"""
     schedule: Literal["step", "cosine"] = "step"
     """step: x0.1 at 90 % and at 95 % (the paper); cosine: to zero (the official code)"""
+
+    block_figures: bool = True
+    """at every evaluation, effective rank and token similarity of every block: pictures/blocks.png"""
+    labelled: str | None = None
+    """class folders or `shapes`, on which every block is also read out (linear, k-NN); by default `shapes` on itself"""
 
 
 # A dataclass lists its last base's fields first, and help should begin with what is learned.

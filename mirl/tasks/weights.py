@@ -11,8 +11,8 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from timm.layers import PatchEmbed, resample_abs_pos_embed, resample_patch_embed
 from timm.models import VisionTransformer
-from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
 
 from mirl.data.transforms import channel_statistics
@@ -72,7 +72,7 @@ class Weights:
         return model_name(self.arguments["embed_dim"], self.arguments["num_heads"], self.depth)
 
     def build(self, *, trained: bool = True, seed: int = 0, **changes: Any) -> VisionTransformer:
-        """Build the model with these weights; positions and patch embedding are resampled to other sizes, by timm.
+        """Build the model with these weights; positions and patch embedding are resampled to other sizes.
 
         Layers that the weights do not have (a head, a norm after pooling, deeper blocks) keep their first values, and
         weights of layers that the model does not have are left out.
@@ -89,11 +89,26 @@ class Weights:
             if self.architecture == ARCHITECTURE:  # our own; others keep timm's
                 initialise_encoder(model)
         if trained:
-            state = checkpoint_filter_fn(self.state, model)
+            state = self._resampled(model)
             if changes.get("num_classes", self.arguments["num_classes"]) != self.arguments["num_classes"]:
                 state = {name: value for name, value in state.items() if not name.startswith("head.")}
             model.load_state_dict(state, strict=False)
         return model.eval()
+
+    def _resampled(self, model: VisionTransformer) -> State:
+        """Return the weights with patch embedding and positions as the sizes of `model` need them."""
+        # Not timm's own filter: it takes for a square whatever grid the positions lie on.
+        state = dict(self.state)
+        name = "patch_embed.proj.weight"
+        state[name] = resample_patch_embed(state[name], list(model.patch_embed.patch_size))
+        if "pos_embed" in state:
+            state["pos_embed"] = resample_abs_pos_embed(
+                state["pos_embed"],
+                new_size=list(model.patch_embed.grid_size),
+                old_size=[i // p for i, p in zip(self.image_size, self.patch_size, strict=True)],
+                num_prefix_tokens=0 if model.no_embed_class else model.num_prefix_tokens,
+            )
+        return state
 
 
 def open_weights(weights: str, *, say: Callable[[str], None] = print) -> Weights:
@@ -126,11 +141,14 @@ def _from_encoder_folder(folder: Path) -> Weights:
         config = json.loads((folder / "config.json").read_text())
         cfg = config["pretrained_cfg"]
         state = load_file(folder / "model.safetensors")
+        for name, expected in _plain_vit(config["architecture"], **config["model_args"]).state_dict().items():
+            if name not in state or state[name].shape != expected.shape:
+                raise ValueError(f"{name} is missing or has another shape")
         return Weights(
             config["architecture"], config["model_args"], state, tuple(cfg["mean"]), tuple(cfg["std"]),
             tuple(cfg.get("label_names", ())),
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be read as an encoder ({_first_line(error)}); give {ALLOWED}") from error
 
 
@@ -170,11 +188,13 @@ def _from_autoencoder(settings: dict[str, Any], state: State) -> Weights:
 
 def _from_timm(name: str) -> Weights:
     try:
+        _plain_vit(name)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{_first_line(error)}; give {ALLOWED}") from error
+    try:
         model = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # the hub's, the network's and timm's own errors
         raise UserError(f"timm cannot fetch the weights of {name}: {_first_line(error)}") from error
-    if not isinstance(model, VisionTransformer):
-        raise UserError(f"{name} is a {type(model).__name__}, not a ViT; give {ALLOWED}")
     arguments = {
         "embed_dim": model.embed_dim, "num_heads": model.blocks[0].attn.num_heads, "num_classes": 0,
         "img_size": list(model.patch_embed.img_size), "patch_size": list(model.patch_embed.patch_size),
@@ -182,6 +202,15 @@ def _from_timm(name: str) -> Weights:
     }  # fmt: skip
     cfg = model.pretrained_cfg
     return Weights(name.partition(".")[0], arguments, model.state_dict(), tuple(cfg["mean"]), tuple(cfg["std"]))
+
+
+def _plain_vit(architecture: str, **arguments: Any) -> VisionTransformer:
+    """Return a model of timm without memory for its weights; raise ValueError if it is no plain ViT."""
+    with torch.device("meta"):
+        model = timm.create_model(architecture, pretrained=False, **arguments)
+    if not (isinstance(model, VisionTransformer) and isinstance(model.patch_embed, PatchEmbed)):
+        raise ValueError(f"{architecture} is a {type(model).__name__}, not a plain ViT")
+    return model
 
 
 def _depth(state: State) -> int:

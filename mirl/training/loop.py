@@ -5,7 +5,8 @@ checkpoints, evaluations and records. A step reads from top to bottom in `fit`.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -136,7 +137,7 @@ def fit(
         images=plan.batch_size,
         advise=fabric.device.type == "cuda",
     )
-    with stop_signals(fabric) as stop_requested, monitor:
+    with stop_signals(fabric) as stop_requested, monitor, settling(task):
         if start == 0:
             evaluate(fabric, task, held_out, run, monitor, progress, plan)
         while progress.step < plan.steps:
@@ -179,6 +180,15 @@ def fit(
                 run.say(f"stopped at step {progress.step} of {plan.steps}, saved; go on with --out {run.path} --resume")
                 # Another exit code of another process would make Fabric kill the first.
                 raise Interrupted(signal_number) if fabric.is_global_zero else SystemExit(0)
+
+
+@contextmanager
+def settling(task: Task[B]) -> Iterator[None]:
+    """Let the task finish what it computes beside the training, however the block ends."""
+    try:
+        yield
+    finally:
+        task.settle()
 
 
 def report_skipped(fabric: Fabric, run: RunFolder, progress: Progress, culprits: list[str], in_a_row: int) -> None:
@@ -253,7 +263,7 @@ def evaluate(
     left = f" · {time_left}" if (time_left := monitor.time_left()) else ""
     run.say(f"epoch {epoch:g} · held-out loss {means['loss']:.4f}{f' ({parts})' if parts else ''}{left}")
     if fabric.is_global_zero:
-        task.draw(run, progress.step, epoch)
+        task.draw(run, monitor, progress.step, epoch)
         draw_curves(run.rows(), run.pictures / "curves.png")
     fabric.barrier()
     task.model.train()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mirl.data.loading import B, seeded
 from mirl.errors import UserError
+from mirl.training.monitors import Monitor
 from mirl.training.processes import Fabric, as_one, over_processes
 from mirl.training.runs import RunFolder
 
@@ -34,8 +35,11 @@ class Task(Generic[B]):
         """Return per-image values [b]: `loss`, which is minimised, and whatever else should be recorded."""
         raise NotImplementedError
 
-    def draw(self, run: RunFolder, step: int, epoch: float) -> None:
+    def draw(self, run: RunFolder, monitor: Monitor, step: int, epoch: float) -> None:
         """Write pictures after an evaluation; called in the first process only."""
+
+    def settle(self) -> None:
+        """Wait for what is computed beside the training; called before the run ends, in every process."""
 
     def example(self, size: int) -> B:
         """Return a batch of `size` meaningless images, to measure memory and time with."""

@@ -103,7 +103,7 @@ def test_a_classifier_is_judged_on_the_test_split_or_on_all_there_is(images):
     ("folders", "options", "message"),
     [
         ({"train__a": 1, "train__b": 1, "val__a": 1}, {}, "class 'b' has no folder in data/val; both splits need"),
-        ({"train__a": 1, "test__a": 1, "test__b": 1, "test__c": 1}, {}, "class 'b' and 1 more has no folder in data/tr"),
+        ({"train__a": 1, "test__a": 1, "test__b": 1, "test__c": 1}, {}, "class 'b' and 1 more has no folder in"),
         ({"train__a": 1, "train__b": 1, "train__c": 0, "val__a": 1, "val__b": 1}, {},
          "class folder 'c' in 'data/train' has no images; remove it or fill it"),
         ({"a": 2, "b": 2, "c": 0}, {"val_fraction": 0.5}, "class folder 'c' in 'data' has no images"),
@@ -113,7 +113,7 @@ def test_a_classifier_is_judged_on_the_test_split_or_on_all_there_is(images):
         ({"val__a": 2, "test__b": 2}, {}, "'data' has no train/ with val/ or test/"),
         ({"train__a": 1, "val__a": 1}, {"val_fraction": 0.5}, "has train/ and val/ already; leave out --val_fraction"),
         ({"a": 2, "b": 1}, {"val_fraction": 0.5}, "class 'b' has 1 image; a split needs two or more"),
-        ({"train__a": 3, "train__b": 3}, {"val_fraction": 0.5}, "'data' has a single class, 'train'; give a folder of two class"),
+        ({"train__a": 3, "train__b": 3}, {"val_fraction": 0.5}, "a single class, 'train'; give a folder of two"),
         ({"train__a": 3, "val__a": 3}, {}, "'data' has a single class, 'a'"),
         ({"a": 0}, {"val_fraction": 0.5}, "'data' has no images"),
     ],

@@ -32,7 +32,7 @@ class Regression(Task):
         loss = (model(pixels)[:, 0] - pixels.mean(1)).square()
         return {"loss": torch.where(torch.isin(batch.indices, self.broken), torch.nan, loss), "double": 2 * loss}
 
-    def draw(self, run, step, epoch):
+    def draw(self, run, monitor, step, epoch):
         pass
 
     def names(self, batch):
