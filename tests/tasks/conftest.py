@@ -1,6 +1,7 @@
 """A finished run that tests of what comes after pre-training share."""
 
 import pytest
+from tiny_classes import PLAIN, write_encoder, write_patterns
 
 import mirl
 
@@ -14,3 +15,28 @@ def finished_folder(tmp_path_factory):
 def finished(tiny, finished_folder):
     """A finished run of 4 blocks on 32 px; made once, not to be changed."""
     return finished_folder if finished_folder.exists() else mirl.pretrain(**tiny | {"epochs": 1}, out=finished_folder)
+
+
+@pytest.fixture(scope="session")
+def patterns(tmp_path_factory):
+    """Class folders of four patterns: 96 images to train on, 24 to test on."""
+    return str(write_patterns(tmp_path_factory.mktemp("data") / "patterns", train=24, val=6))
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory):
+    """An encoder of 2 blocks on 16 px, of random weights."""
+    return write_encoder(tmp_path_factory.mktemp("weights") / "encoder")
+
+
+@pytest.fixture(scope="session")
+def classified_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("classified") / "run"
+
+
+@pytest.fixture
+def classified(finished, patterns, classified_folder):
+    """The finished run, fine-tuned to tell patterns apart; made once, not to be changed."""
+    if not classified_folder.exists():
+        mirl.finetune(weights=str(finished), data=patterns, **PLAIN, out=classified_folder)
+    return classified_folder

@@ -23,10 +23,10 @@ def flags(options):
     return [f"--{name}={value}".replace(" ", "") for name, value in options.items()]
 
 
-def command(options, *more, program=(COMMAND,), **popen):
-    """Start `mirl pretrain` with `options`."""
+def command(options, *more, task="pretrain", program=(COMMAND,), **popen):
+    """Start `mirl pretrain`, or another task, with `options`."""
     return subprocess.Popen(
-        [*program, "pretrain", *flags(options), *more], env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
+        [*program, task, *flags(options), *more], env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, **popen,
     )  # fmt: skip
 
