@@ -96,7 +96,7 @@ def _spell_out_switches(parser: Any, arguments: Sequence[str]) -> list[str]:
     """Let `--resume` stand for `--resume true`: the parser wants a value for every bool."""
     switches = {f"--{action.dest}" for action in parser._actions if getattr(action, "_typehint", None) is bool}
     result = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
         bare = argument in switches and following.lower() not in ("true", "false")
         result.append(f"{argument}=true" if bare else argument)
     return result

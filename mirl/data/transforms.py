@@ -1,5 +1,9 @@
 """Views of an image. Inputs and outputs are uint8 tensors [c, h, w]: normalisation happens on the device."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
@@ -32,8 +36,13 @@ def augmented_view(size: Size, min_crop: float, flip: bool, randaugment: str) ->
     augment = rand_augment_transform(randaugment, options)
     for operation in augment.ops:
         if operation.name.startswith("Posterize"):
-            operation.magnitude_max = 9.9  # at 10 timm keeps 0 bits of colour, which Pillow has come to refuse
+            operation.level_fn = partial(_bits_kept, operation.level_fn)
     return v2.Compose([view, v2.ToPILImage(), v2.Lambda(augment), v2.PILToTensor()])
+
+
+def _bits_kept(timms: Callable[[float, Any], tuple[int]], level: float, options: Any) -> tuple[int]:
+    """Return the bits of colour that timm keeps, or one where it keeps none, which Pillow has come to refuse."""
+    return (max(1, timms(level, options)[0]),)
 
 
 def fixed_view(image: Tensor, size: Size, share: float = 1.0) -> Tensor:

@@ -68,7 +68,7 @@ def embed(**options: Any) -> Path:
                 raise UserError(f"none of {len(source)} images can be read, e.g. {' '.join(bad[0])}; check the data")
         bad_table.unlink(missing_ok=True)
         if bad:
-            with atomic(bad_table) as temporary, open(temporary, "w", newline="") as file:
+            with atomic(bad_table) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([("path", "reason"), *bad])
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from error
@@ -84,7 +84,7 @@ def _out(options: EmbedOptions) -> Path:
     if options.out:
         return Path(options.out.removesuffix(".npy"))
     assert options.weights is not None
-    run = Path(options.weights)
+    run = Path(options.weights).expanduser()
     return (run if (run / "config.yaml").exists() else Path()) / "features"
 
 

@@ -1,5 +1,6 @@
 """`mirl evaluate`: how good a fine-tuned classifier is on other images, where it errs, and whether it knows."""
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from mirl.data.sources import Source
 from mirl.data.transforms import evaluation_view
 from mirl.errors import UserError
 from mirl.tasks.accuracy import Accuracy, Predictions, accuracy, predict, write_json
+from mirl.tasks.settings import COUNT, NOT_NEGATIVE
 from mirl.tasks.weights import open_weights
 from mirl.training.checkpoints import atomic
 from mirl.training.pictures import contact_sheet
@@ -44,6 +46,15 @@ class EvaluateOptions:
     """data workers; by default one per core of a GPU, at most 16; on a CPU few or none"""
     out: str | None = None
     """folder of the results; by default evaluations/ and the name of the data, in the run folder if --weights is one"""
+
+    def __post_init__(self) -> None:
+        for name in ("weights", "data", "out"):  # pathlib's paths are welcome
+            if isinstance(path := getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(path))
+        for name, (allowed, text) in {"batch_size": COUNT, "workers": NOT_NEGATIVE}.items():
+            value = getattr(self, name)
+            if value is not None and not allowed(value):
+                raise UserError(f"--{name} {value} is not allowed; give {text}")
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,8 @@ def evaluate(**options: Any) -> Evaluation:
         console.print(f"left out {name}: {reason}", markup=False)
     console.print(f"{result.accuracy}", markup=False)
     console.print(f"calibration error {result.calibration_error:.2%}, mean confidence {result.confidence:.2%}")
-    console.print(f"saved {folder}: results.json, confusion.png, worst.png", markup=False)
+    files = (folder / name for name in ("results.json", "confusion.png", "worst.png"))
+    console.print(f"saved {folder}: {', '.join(file.name for file in files if file.exists())}", markup=False)
     return result
 
 
@@ -128,8 +140,8 @@ def draw_confusion(confusion: list[list[int]], classes: tuple[str, ...], path: P
     figure.colorbar(image, ax=axes, label="% of the true class", shrink=0.8)
     axes.set(xlabel="said", ylabel="true")
     if named:
-        axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
-        axes.set_yticks(range(len(classes)), classes, fontsize=7)
+        axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7, parse_math=False)
+        axes.set_yticks(range(len(classes)), classes, fontsize=7, parse_math=False)
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png")
 
@@ -153,6 +165,6 @@ def _folder(options: EvaluateOptions) -> Path:
     if options.out:
         return Path(options.out)
     assert options.weights is not None
-    run = Path(options.weights)
+    run = Path(options.weights).expanduser()
     name = Path(options.data).stem.replace(":", "-") or "data"
     return (run if (run / "config.yaml").exists() else Path()) / "evaluations" / name

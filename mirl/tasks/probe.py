@@ -20,8 +20,8 @@ from mirl.tasks.settings import Ranges
 from mirl.training.runs import console
 from mirl.training.schedules import learning_rate
 
-ADAMW_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-LARS_RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+ADAMW_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+LARS_RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 CHOOSING = 0.1  # share of the training images on which the sweep's winner is chosen
 WARMUP = 0.1
 
@@ -32,7 +32,7 @@ class ProbeOptions(ReadOutOptions):
 
     epochs: int = 50
     """passes over the cached features"""
-    probe_batch: int = 512
+    probe_batch: int = 256
     """features in one step of the classifiers"""
 
     def ranges(self) -> Ranges:

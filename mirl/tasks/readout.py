@@ -91,8 +91,9 @@ def _path(options: ReadOutOptions, command: str) -> Path:
     if options.out:
         return Path(options.out)
     assert options.weights is not None
-    run = Path(options.weights)
-    untrained, block = "untrained" if options.untrained else "", f"block{options.block}" if options.block else ""
+    run = Path(options.weights).expanduser()
+    block = "every_block" if options.every_block else f"block{options.block}" if options.block else ""
+    untrained = "untrained" if options.untrained else ""
     parts = [command, Path(options.data).stem.replace(":", "-"), untrained, block, options.pool]
     folder = run if (run / "config.yaml").exists() else Path()
     return folder / "readouts" / ("_".join(filter(None, [*parts, "" if folder.name else run.name])) + ".json")

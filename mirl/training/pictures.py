@@ -98,7 +98,7 @@ def contact_sheet(images: Tensor, captions: Sequence[str], path: Path, title: st
     for place, image, caption in zip(axes, images, captions, strict=False):
         pixels = image[:3].permute(1, 2, 0) if len(image) >= 3 else image[0]
         place.imshow(pixels.cpu().numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        place.set_title(caption, fontsize=6)
+        place.set_title(caption, fontsize=6, parse_math=False)
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png")
 

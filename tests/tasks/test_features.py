@@ -133,6 +133,7 @@ def timm_weights(name, **changes):
     ("name", "changes", "prefix", "pool"),
     [
         ("test_vit", {}, 1, "cls"),  # timm's choice is the class token
+        ("test_vit", {"reg_tokens": 2}, 3, "cls"),
         ("test_vit2", {}, 1, "mean"),  # a register, norm after pooling
         ("test_vit2", {"reg_tokens": 0}, 0, "mean"),  # nothing but patches
         ("test_vit2", {"class_token": True}, 2, "mean"),

@@ -75,8 +75,8 @@ def test_votes_are_those_of_scikit_learn(monkeypatch, chunks, temperature):
         monkeypatch.setattr(knn, "CHUNK", chunks[0])
         monkeypatch.setattr(knn, "TRAIN_CHUNK", chunks[1])
     (train, labels), (test, truth) = clusters(230), clusters(57, seed=1)
-    ks = [20, 1, 5, 1000]
-    votes = vote(train, labels, test, 7, ks=ks, temperature=temperature)
+    votes = vote(train, labels, test, 7, ks=[20, 1, 5], temperature=temperature)
+    votes |= vote(train, labels, test, 7, ks=[1000], temperature=temperature)  # apart: k training images are one chunk
     assert list(votes) == ["k=1", "k=5", "k=20", "k=230"]
     for name, actual in votes.items():
         reference = KNeighborsClassifier(
@@ -230,6 +230,15 @@ def test_commands_write_where_the_user_is_unless_a_run_is_named(finished, tmp_pa
     assert (tmp_path / "deep" / "probe.png").exists()
 
 
+def test_results_of_different_questions_do_not_replace_each_other(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(shutil.copytree(finished, tmp_path / "run").parent))
+    for options in ({}, {"block": 2}, {"every_block": True}, {"untrained": True}, {"pool": "cls"}):
+        mirl.knn(weights="~/run", data=SHAPES, k=5, workers=0, **options)
+    written = [json.loads(path.read_text()) for path in (tmp_path / "run" / "readouts").glob("*.json")]
+    assert sorted(len(result["blocks"]) for result in written) == [1, 1, 1, 1, 4]
+
+
 def test_the_default_ks_are_reported(finished, tmp_path):
     found = mirl.knn(weights=str(finished), data="shapes:150:32", workers=0, out=tmp_path / "knn.json")
     assert list(found[4]) == ["k=10", "k=20", "k=100", "k=150"]
@@ -241,7 +250,7 @@ def test_the_default_ks_are_reported(finished, tmp_path):
         ([], "--weights is missing; give a run folder, a timm name, or `pixels`"),
         (["--weights", "nowhere"], "'nowhere' is neither a file, a folder nor the name of a timm model"),
         (["--weights", "pixels", "--data", "nowhere"], "'nowhere' does not exist"),
-        (["--weights", "pixels", "--val_fraction", "1"], "--val_fraction 1.* is not allowed; give more than 0 and less"),
+        (["--weights", "pixels", "--val_fraction", "1"], "--val_fraction 1.* is not allowed; give more than 0"),
         (["--weights", "pixels", "--seed", "-1"], "--seed -1 is not allowed; give 0 or more"),
         (["--weights", "pixels", "--pool", "max"], "--pool max is not allowed; give mean or cls"),
         (["--weights", "pixels", "--data", SHAPES, "--out", "file/x.json"], "cannot write file/x.json: .*; choose"),
