@@ -1,19 +1,20 @@
 """Tiny class folders, encoders and classifiers of random weights, and fine-tuning tasks that need no run."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
 from PIL import Image
-from timm.models import save_for_hf
+from safetensors.torch import save_file
 
 from mirl.data.labels import open_split
 from mirl.data.transforms import channel_statistics
 from mirl.models.encoder import ARCHITECTURE, timm_arguments
 from mirl.tasks.finetune import FinetuneTask
 from mirl.tasks.settings import Finetuning, resolve_finetuning
-from mirl.tasks.weights import open_weights
+from mirl.tasks.weights import Weights, open_weights
 
 PATTERNS = {
     "across": lambda x, y: y // 2 % 2,
@@ -58,15 +59,18 @@ def write_encoder(folder, *, depth=2, size=(16, 16), patch=(8, 8), channels=3, c
         for parameter in model.parameters():
             parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
     mean, deviation = channel_statistics(channels)
-    model.pretrained_cfg = {"architecture": ARCHITECTURE, "mean": mean, "std": deviation, "label_names": list(classes)}
-    save_for_hf(model, str(folder), model_args=arguments, safe_serialization=True)
+    known = {"mean": mean, "std": deviation, "label_names": classes}
+    folder.mkdir()
+    config = {"architecture": ARCHITECTURE, "model_args": arguments, "pretrained_cfg": known}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(model.state_dict(), folder / "model.safetensors")
     return str(folder)
 
 
 def task_of(weights, **options):
-    """Return the task that `mirl finetune` would run with these options."""
+    """Return the task that `mirl finetune` would run with these options; `weights` are a path or opened."""
+    opened = weights if isinstance(weights, Weights) else open_weights(weights)
     given = Finetuning(**{"weights": str(weights), "data": "shapes:20:32"} | options)
-    opened = open_weights(given.weights)
     train, val = open_split(given.data, channels=opened.channels, val_fraction=given.val_fraction)
     settings = resolve_finetuning(
         given, images=len(train), depth=opened.depth, image_size=opened.image_size, patch_size=opened.patch_size,

@@ -10,35 +10,49 @@ from mirl.tasks.settings import ResolvedFinetuning
 from mirl.tasks.weights import Weights
 from mirl.training.optimizers import adamw
 
+TOKENS = ("cls_token", "reg_token", "pos_embed")
 OPTIONS = {"lr": 2e-3, "weight_decay": 0.05, "betas": (0.9, 0.999), "fused": True}
 
 
-def classifier(depth):
-    arguments = timm_arguments(48, 4, 2, (16, 16), (8, 8), 3)
+def weights():
     state = build_encoder(48, 4, 2, (16, 16), (8, 8), 3).state_dict()
-    settings = ResolvedFinetuning(depth=depth, image_size=(16, 16), patch_size=(8, 8))
-    return build_classifier(settings, Weights(ARCHITECTURE, arguments, state, (0.5,) * 3, (0.5,) * 3), 7)
+    arguments = timm_arguments(48, 4, 2, (16, 16), (8, 8), 3)
+    return Weights(ARCHITECTURE, arguments, state, (0.5,) * 3, (0.5,) * 3)
+
+
+def timms_weights():
+    """Weights of a model of timm's with register tokens and a scale for each branch."""
+    model = timm.create_model("test_vit2", num_classes=0)
+    sizes = {"img_size": (160, 160), "patch_size": (16, 16), "in_chans": 3, "num_classes": 0}
+    return Weights("test_vit2", sizes, model.state_dict(), (0.5,) * 3, (0.5,) * 3)
+
+
+def classifier(depth, weights=weights):
+    opened = weights()
+    settings = ResolvedFinetuning(depth=depth, image_size=opened.image_size, patch_size=opened.patch_size)
+    return build_classifier(settings, opened, 7)
 
 
 def layer_of(name, depth):
     """Number a parameter as MAE's `get_layer_id_for_vit` does: what makes tokens 0, blocks from 1, the rest on top."""
     first, *rest = name.split(".")
-    if first in ("cls_token", "pos_embed", "patch_embed"):
+    if first in (*TOKENS, "patch_embed"):
         return 0
     return int(rest[0]) + 1 if first == "blocks" else depth + 1
 
 
 @pytest.mark.parametrize("decay", [0.65, 1.0])
-@pytest.mark.parametrize("depth", [1, 2, 5, 12])
-def test_every_parameter_has_maes_rate_and_decay(depth, decay):
-    model = classifier(depth)
+@pytest.mark.parametrize(("depth", "weights"), [(1, weights), (2, weights), (5, weights), (12, weights),
+                                                (8, timms_weights), (3, timms_weights)])  # fmt: skip
+def test_every_parameter_has_maes_rate_and_decay(depth, weights, decay):
+    model = classifier(depth, weights)
     groups = adamw(model, **OPTIONS, layer_decay=decay).param_groups
     of = {id(p): group for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(of) == len(list(model.parameters()))
     for name, parameter in model.named_parameters():
         group = of[id(parameter)]
         assert group["lr_scale"] == pytest.approx(decay ** (depth + 1 - layer_of(name, depth)), rel=1e-12), name
-        spared = parameter.ndim == 1 or name in ("cls_token", "pos_embed")
+        spared = parameter.ndim == 1 or name in TOKENS
         assert group["weight_decay"] == (0.0 if spared else 0.05), name
 
 
@@ -82,14 +96,3 @@ def test_a_step_is_as_long_as_its_scale():
     for name, parameter in model.named_parameters():
         expected = torch.full_like(parameter, 1e-2 * 0.5 ** (4 - layer_of(name, 3)))
         torch.testing.assert_close(before[name] - parameter, expected, atol=1e-6, rtol=0)
-
-
-def test_timms_models_are_grouped_too():
-    """A model with a scale for each block's branches: one-dimensional, so never decayed."""
-    model = timm.create_model("test_vit2", num_classes=3)
-    of = {id(p): g for g in adamw(model, **OPTIONS, layer_decay=0.7).param_groups for p in g["params"]}
-    depth = len(model.blocks)
-    for name, parameter in model.named_parameters():
-        if not name.startswith(("norm.", "head.")):
-            assert of[id(parameter)]["lr_scale"] == pytest.approx(0.7 ** (depth + 1 - layer_of(name, depth))), name
-        assert (of[id(parameter)]["weight_decay"] == 0) == (parameter.ndim == 1 or "." not in name), name

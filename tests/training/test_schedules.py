@@ -1,5 +1,8 @@
 """Learning rates and weight decay."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +25,24 @@ def test_cosine_schedule_goes_from_peak_to_zero():
 
 def test_no_warm_up_starts_at_the_peak():
     assert learning_rate(0.0, 1.0, 0.0, "step") == 1
+
+
+@pytest.mark.parametrize("least", [0.0, 1e-6, 1e-3])
+def test_fine_tuning_follows_maes_schedule(least):
+    """Epoch e of 100, 5 of them warm-up from zero, then half a cosine to the least rate."""
+    peak, warmup, epochs = 2e-3, 5, 100
+    for e in np.linspace(0, 100, 301):
+        if e < warmup:
+            expected = peak * e / warmup
+        else:
+            expected = least + (peak - least) * 0.5 * (1 + math.cos(math.pi * (e - warmup) / (epochs - warmup)))
+        assert learning_rate(e / 100, peak, 0.05, "cosine", least=least) == pytest.approx(expected, abs=1e-12), e
+    assert learning_rate(1.0, peak, 0.05, "cosine", least=least) == pytest.approx(least, abs=1e-12)
+
+
+def test_a_run_that_is_all_warm_up_rises_to_its_end():
+    rates = [learning_rate(step / 4, 2.0, 1.0, "cosine", least=1e-6) for step in range(4)]
+    assert rates == pytest.approx([0, 0.5, 1, 1.5])
 
 
 def test_norms_and_biases_are_not_decayed():

@@ -1,0 +1,548 @@
+"""Fine-tuning starts from the weights as the recipe says, learns, goes on after a kill, and ends in a timm model."""
+
+import json
+import math
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_classes import PATTERNS, PLAIN, task_of, write_encoder
+from tiny_runs import assert_one_line, command, finish, flags, rows, wait_for_rows
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import mirl
+from mirl.cli import main
+from mirl.data.labels import open_split
+from mirl.data.loading import LabelledBatch, seeded
+from mirl.data.shapes import Shapes
+from mirl.data.transforms import evaluation_view, fixed_view, standardise
+from mirl.errors import UserError
+from mirl.tasks.export import export_classifier
+from mirl.tasks.settings import Finetuning, resolve_finetuning
+from mirl.tasks.weights import Weights, open_weights
+from mirl.training.checkpoints import checkpoint_path, saved_steps
+from mirl.training.runs import RunFolder
+
+EVERYTHING = {
+    "drop_path": 0.3, "erasing": 0.5, "min_crop": 0.4, "ema": 0.9, "epochs": 2, "batch_size": 16, "micro_batch": 5,
+    "precision": "32", "workers": 1, "checkpoint_steps": 1, "evaluate_epochs": 2,
+}  # fmt: skip
+
+
+@pytest.fixture
+def options(encoder, patterns, tmp_path):
+    """Options of a run of 12 steps that draws on every source of chance and saves after each step."""
+    return EVERYTHING | {"weights": encoder, "data": patterns, "out": str(tmp_path / "run")}
+
+
+@pytest.fixture(scope="module")
+def everything(encoder, patterns, tmp_path_factory):
+    """The run of `options`, uninterrupted; made once, not to be changed."""
+    return mirl.finetune(**EVERYTHING, weights=encoder, data=patterns, out=tmp_path_factory.mktemp("all") / "run")
+
+
+def results(run):
+    return json.loads((run / "results.json").read_text())
+
+
+def checkpoints(run):
+    """Return the states of a run's last checkpoints, the newest first."""
+    folder = Path(run) / "checkpoints"
+    return [torch.load(checkpoint_path(folder, step), weights_only=True) for step in saved_steps(folder)]
+
+
+def mistake(function, **options):
+    with pytest.raises(UserError) as caught:
+        function(**options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def labelled(count, *, size=16, channels=3):
+    """Return a batch of images of noise, `count` of class 0, 1, 2, ..."""
+    images = torch.randint(256, (count, channels, size, size), dtype=torch.uint8)
+    return LabelledBatch(images=images, indices=torch.arange(count), labels=torch.arange(count) % 10)
+
+
+# What a run leaves
+
+
+def test_a_run_leaves_every_file(classified):
+    names = {"config.yaml", "log.txt", "metrics.jsonl", "tensorboard", "checkpoints", "encoder", "pictures"}
+    assert {path.name for path in classified.iterdir()} == names | {"results.json"}
+    assert {path.stem for path in (classified / "pictures").iterdir()} == {
+        "augmented", "curves", "step_00000000", "step_00000036"
+    }  # fmt: skip
+    for path in (classified / "pictures").iterdir():
+        with Image.open(path) as picture:
+            assert np.asarray(picture).std() > 1, path
+    log = (classified / "log.txt").read_text()
+    for part in ("96 images to train on, 24 to test, 4 classes", "ViT of 4 blocks with a fresh head (1.8 M parameters)",
+                 "6 epochs of 6 steps · batch 16 · peak rate 0.002", "weights: top-1"):  # fmt: skip
+        assert part in log
+
+
+def test_it_learns(classified):
+    training, (_, last) = rows(classified), rows(classified, "held_out")
+    assert [row["step"] for row in training] == list(range(1, 37))
+    assert training[0]["loss"] == pytest.approx(math.log(4), abs=1e-3)
+    assert training[-1]["loss"] < 0.7
+    assert last["top1"] == pytest.approx(results(classified)["weights"]["top1"]) and last["top1"] > 0.7
+
+
+def test_timm_opens_the_classifier_with_the_accuracy_of_the_results(classified, patterns):
+    classifier = timm.create_model(f"local-dir:{classified / 'encoder'}", pretrained=True).eval()
+    cfg = classifier.pretrained_cfg
+    assert cfg["label_names"] == sorted(PATTERNS) and cfg["num_classes"] == 4
+    assert cfg["input_size"] == (3, 32, 32)
+    right = {}
+    for name in cfg["label_names"]:
+        files = sorted((Path(patterns) / "val" / name).iterdir())
+        images = np.stack([np.asarray(Image.open(file)) for file in files]).transpose(0, 3, 1, 2) / 255
+        mean, deviation = (np.array(cfg[key]).reshape(3, 1, 1) for key in ("mean", "std"))
+        with torch.no_grad():
+            said = classifier(torch.from_numpy((images - mean) / deviation).float()).argmax(dim=1)
+        right[name] = [cfg["label_names"][i] == name for i in said]
+    result = results(classified)["weights"]
+    assert result["per_class"] == {name: np.mean(hits) for name, hits in right.items()}
+    assert result["top1"] == np.mean([hit for hits in right.values() for hit in hits])
+    assert (result["images"], result["top5"]) == (24, None)
+
+
+def test_a_model_of_timms_own_is_exported_too(tmp_path):
+    """With its register tokens and the scales of its branches."""
+    state = timm.create_model("test_vit2", num_classes=0).state_dict()
+    sizes = {"img_size": (160, 160), "patch_size": (16, 16), "in_chans": 3, "num_classes": 0}
+    weights = Weights("test_vit2", sizes, state, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    task, run = task_of(weights, image_size=(96, 80)), RunFolder(tmp_path / "run", resume=False, overwrite=False)
+    torch.nn.init.normal_(task.model.head.weight)
+    export_classifier(task.model, weights, task.classes, task.settings.image_size, run)
+    run.close()
+    images = torch.randn(2, 3, 96, 80)
+    expected = task.model.eval()(images)
+    opened, again = timm.create_model(f"local-dir:{run.encoder}", pretrained=True).eval(), open_weights(run.encoder)
+    torch.testing.assert_close(opened(images), expected)
+    torch.testing.assert_close(again.build()(images), expected)
+    assert (again.classes, again.mean, again.deviation) == (Shapes.classes, weights.mean, weights.deviation)
+    assert (again.image_size, again.depth) == ((96, 80), 8)
+
+
+def test_rates_follow_maes_schedule_and_decay_with_depth(classified):
+    steps, warmup, peak, least = 36, 0.05 * 36, 3.2e-2 * 16 / 256, 1e-6
+    for step, row in enumerate(rows(classified)):
+        cosine = least + (peak - least) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+        assert row["lr"] == pytest.approx(peak * step / warmup if step < warmup else cosine), step
+    groups = checkpoints(classified)[0]["optimizer"]["param_groups"]
+    assert len({group["lr_scale"] for group in groups}) == 6  # 4 blocks, what is below and what is above
+    last = rows(classified)[-1]["lr"]
+    assert all(group["lr"] == pytest.approx(last * group["lr_scale"], rel=1e-9) for group in groups)
+
+
+# Resume and averages
+
+
+def test_killed_and_resumed_equals_uninterrupted(options, everything):
+    process = command(options, task="finetune")
+    wait_for_rows(options["out"], 4, lambda: process.poll() is None)
+    process.kill()
+    assert finish(process)[0] == -signal.SIGKILL
+    run = mirl.finetune(out=options["out"], resume=True)
+    (resumed,) = [line for line in (run / "log.txt").read_text().splitlines() if "resumed at step" in line]
+    assert 3 <= int(resumed.split("step ")[1].split()[0]) < 12
+    times = ("seconds", "data_wait", "images_per_second")
+    for kind in ("train", "held_out"):
+        left, right = ([{k: v for k, v in row.items() if k not in times} for row in rows(r, kind)]
+                       for r in (run, everything))  # fmt: skip
+        assert left == right
+    (left, *_), (right, *_) = checkpoints(run), checkpoints(everything)
+    for part in ("model", "average"):
+        assert left[part].keys() == right[part].keys()
+        assert all(torch.equal(value, right[part][name]) for name, value in left[part].items()), part
+    assert results(run) == results(everything)
+
+
+def test_micro_batches_make_a_step(everything):
+    assert [row["step"] for row in rows(everything)] == list(range(1, 13))  # each of 5 + 5 + 5 + 1 images
+    assert all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in rows(everything))
+    assert rows(everything)[0]["loss"] == pytest.approx(math.log(4), abs=1e-3)
+
+
+def test_the_average_moves_as_its_decay_says(everything):
+    last, before = checkpoints(everything)
+    decay = (1 + 9) / (10 + 9)  # the twelfth update; the first two copy the weights
+    for name, average in last["average"].items():
+        expected = decay * before["average"][name] + (1 - decay) * last["model"][name]
+        torch.testing.assert_close(average, expected, atol=1e-7, rtol=1e-5)
+    assert not torch.equal(last["average"]["head.weight"], last["model"]["head.weight"])
+
+
+def test_the_average_is_judged_beside_the_weights_and_exported(everything):
+    assert {"weights", "average"} < results(everything).keys()
+    last = rows(everything, "held_out")[-1]
+    assert {"loss", "top1", "average_loss", "average_top1"} < last.keys()
+    for name in ("", "average_"):
+        assert last[f"{name}top1"] == pytest.approx(results(everything)[name.strip("_") or "weights"]["top1"])
+    exported, average = load_file(everything / "encoder" / "model.safetensors"), checkpoints(everything)[0]["average"]
+    assert exported.keys() == average.keys() and all(torch.equal(exported[name], average[name]) for name in average)
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.9998])
+def test_the_averages_decay_rises_to_its_limit(encoder, decay):
+    average = task_of(encoder, ema=decay).average
+    assert [average.get_decay(step) for step in (0, 1)] == [0, 0]
+    for step in (2, 3, 10, 88, 89, 90, 1000, 44000, 100000):
+        t = step - 2
+        assert average.get_decay(step) == pytest.approx(min(decay, (1 + t) / (10 + t)), rel=1e-9)
+    assert task_of(encoder).average is None
+
+
+# What a model starts from
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """An encoder of 4 blocks."""
+    return write_encoder(tmp_path_factory.mktemp("deep") / "encoder", depth=4)
+
+
+@pytest.fixture
+def state(encoder):
+    return load_file(Path(encoder) / "model.safetensors")
+
+
+def differing(model, state):
+    """Return the parameters that `state` has and of which the model has other values."""
+    own = model.state_dict()
+    return {name for name in state if name in own and not torch.equal(own[name], state[name])}
+
+
+def test_weights_are_kept_and_norm_and_head_are_fresh(encoder, state):
+    model = task_of(encoder, drop_path=0.2).model
+    own = model.state_dict()
+    assert differing(model, state) == set()
+    assert own.keys() - state.keys() == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
+    assert state.keys() - own.keys() == {"norm.weight", "norm.bias"}
+    assert all(parameter.requires_grad for parameter in model.parameters())  # positions too
+    assert (own["fc_norm.weight"] == 1).all() and (own["fc_norm.bias"] == 0).all() and (own["head.bias"] == 0).all()
+    assert own["head.weight"].shape == (10, 48) and 1.5e-5 < own["head.weight"].std() < 2.5e-5
+    assert model.training and model.fc_norm.eps == 1e-6
+
+
+def test_a_classifier_is_fine_tuned_from_a_fresh_head_and_norm(tmp_path):
+    """Even where it has the same number of classes."""
+    weights = write_encoder(tmp_path / "classifier", classes=[str(number) for number in range(10)])
+    model, state = task_of(weights).model, load_file(tmp_path / "classifier" / "model.safetensors")
+    assert differing(model, state) == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
+    assert (model.fc_norm.weight == 1).all() and model.head.weight.abs().max() < 1e-3
+
+
+def test_what_the_model_computes_is_the_recipes(encoder):
+    """Mean over patches, the fresh norm, the head: no class token, no norm of the encoder."""
+    model = task_of(encoder).model.eval()
+    images = torch.randn(2, 3, 16, 16)
+    tokens = model.blocks(model._pos_embed(model.patch_embed(images)))
+    pooled = torch.nn.functional.layer_norm(tokens[:, 1:].mean(dim=1), (48,), eps=1e-6)
+    torch.testing.assert_close(model(images), pooled @ model.head.weight.T)
+
+
+def test_the_optimizer_has_the_recipes_numbers(deep):
+    task = task_of(deep, batch_size=16, base_lr=8e-3, layer_decay=0.8)
+    optimizer = task.optimizer()
+    assert [optimizer.defaults[name] for name in ("lr", "betas", "eps")] == [pytest.approx(5e-4), (0.9, 0.999), 1e-8]
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.05}
+    scales = sorted({group["lr_scale"] for group in optimizer.param_groups})
+    assert scales == pytest.approx([0.8**5, 0.8**4, 0.8**3, 0.8**2, 0.8, 1])
+
+
+@pytest.mark.parametrize(("depth", "rate"), [(1, 0.1), (2, 0.1), (5, 0.4), (3, 0.0)])
+def test_drop_path_grows_linearly_with_depth(encoder, depth, rate):
+    blocks = task_of(encoder, depth=depth, drop_path=rate).model.blocks
+    found = [[getattr(path, "drop_prob", 0.0) for path in (block.drop_path1, block.drop_path2)] for block in blocks]
+    expected = np.linspace(0, rate, depth)
+    np.testing.assert_allclose(found, np.stack([expected, expected], axis=1), atol=1e-6)
+
+
+@pytest.mark.parametrize("last", [0, 1, 3, 4])
+def test_exactly_the_last_blocks_are_reinitialised(deep, last):
+    task, state = task_of(deep, reinit_last=last), load_file(Path(deep) / "model.safetensors")
+    fresh = {name for name in state if name.startswith("blocks.") and int(name.split(".")[1]) >= 4 - last}
+    assert differing(task.model, state) == fresh
+    assert (f"note      fresh weights for the last {last} blocks" in task.summary()) == (last > 0)
+
+
+@pytest.mark.parametrize(
+    ("depth", "note"), [(6, "2 fresh blocks on top"), (2, "its first 2 blocks"), (4, None), (None, None)]
+)
+def test_depth_adds_fresh_blocks_or_leaves_the_last_out(deep, depth, note):
+    task, state = task_of(deep, depth=depth), load_file(Path(deep) / "model.safetensors")
+    assert len(task.model.blocks) == (depth or 4)
+    assert differing(task.model, state) == set()
+    for block in task.model.blocks[4:]:
+        assert (block.norm1.weight == 1).all() and (block.mlp.fc1.bias == 0).all()
+        assert block.mlp.fc1.weight.abs().max() <= math.sqrt(6 / (48 + 192))  # Xavier's bound, as in pre-training
+    notes = [line for line in task.summary() if line.startswith("note")]
+    assert notes == ([f"note      the encoder has 4 blocks: {note}"] if note else [])
+
+
+def test_fresh_blocks_on_top_and_below_can_both_be_had(deep):
+    task, state = task_of(deep, depth=5, reinit_last=2), load_file(Path(deep) / "model.safetensors")
+    assert differing(task.model, state) == {name for name in state if name.startswith("blocks.3.")}
+
+
+def test_untrained_uses_nothing_but_the_form(encoder, state):
+    task = task_of(encoder, untrained=True)
+    assert differing(task.model, state) == state.keys() - {"norm.weight", "norm.bias"}
+    assert "note      nothing of the weights is used but their form (--untrained)" in task.summary()
+    again, other = (task_of(encoder, untrained=True, seed=seed).model.state_dict() for seed in (0, 1))
+    assert differing(task.model, again) == set()
+    assert {"blocks.0.attn.qkv.weight", "head.weight", "cls_token"} < differing(task.model, other)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "notes"),
+    [
+        ({}, []),
+        ({"image_size": 24}, ["positions resampled to another number of patches"]),
+        ({"image_size": (16, 32)}, ["positions resampled to another number of patches"]),
+        ({"patch_size": 4}, ["patch embedding resampled from (8, 8) to (4, 4)",
+                             "positions resampled to another number of patches"]),
+        ({"image_size": 32, "patch_size": 16}, ["patch embedding resampled from (8, 8) to (16, 16)"]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_other_sizes_are_resampled_and_said_so(encoder, state, sizes, notes):
+    task = task_of(encoder, **sizes)
+    resampled = {"positions": "pos_embed", "patch": "patch_embed.proj.weight"}
+    assert differing(task.model, state) == {resampled[note.split()[0]] for note in notes}
+    said = [line.removeprefix("note      ") for line in task.summary() if line.startswith("note")]
+    assert said == notes
+    height, width = task.settings.image_size
+    assert any(f"input     {height}x{width} px, patches of" in line for line in task.summary())
+    assert task.training[0, 0].images.shape[-2:] == task.held_out[0, 0].images.shape[-2:] == (height, width)
+    assert task.model(torch.zeros(1, 3, height, width)).shape == (1, 10)
+
+
+# What a model is shown
+
+
+@pytest.fixture(scope="module")
+def grey(patterns, tmp_path_factory):
+    """A run from weights of one channel on RGB files, of which some cannot be read."""
+    folder = tmp_path_factory.mktemp("grey")
+    data = shutil.copytree(patterns, folder / "data")
+    (data / "val" / "down" / "03.png").write_bytes(b"not an image")
+    (data / "train" / "plain" / "05.png").write_bytes(b"")
+    weights = write_encoder(folder / "encoder", channels=1)
+    options = PLAIN | {"epochs": 1, "randaugment": "rand-m9-mstd0.5-inc1", "erasing": 0.25, "mixup": 0.8}
+    return mirl.finetune(**options, weights=weights, data=data, out=folder / "run")
+
+
+def test_the_weights_channels_are_the_images(grey):
+    log = (grey / "log.txt").read_text()
+    assert "note      RandAugment works on RGB, and these images have 1 channels: left out" in log
+    assert "16x16 px, patches of 8x8, 1 channels" in log and "· none · erasing" in log
+    cfg = timm.create_model(f"local-dir:{grey / 'encoder'}", pretrained=True).pretrained_cfg
+    assert [tuple(cfg[key]) for key in ("input_size", "mean", "std")] == [(1, 16, 16), (0.5,), (0.25,)]
+
+
+def test_images_that_cannot_be_read_are_named_and_left_out(grey):
+    assert results(grey)["weights"]["images"] == 23
+    log = (grey / "log.txt").read_text()
+    for name, reason in (("val/down/03.png", "is not an image"), ("train/plain/05.png", "is empty (0 bytes)")):
+        assert f"skipped {grey.parent}/data/{name}: {reason}" in log
+
+
+@pytest.mark.parametrize("count", [2, 7, 1])
+@pytest.mark.parametrize("mixing", [{"mixup": 0.8, "cutmix": 0.0}, {"mixup": 0.0, "cutmix": 1.0}, {}], ids=str)
+def test_targets_say_what_was_mixed(encoder, count, mixing):
+    """Images of one colour each: a mixed one's mean is that of its two classes, in the shares that its target has."""
+    task = task_of(encoder, erasing=0.0, **mixing)
+    grey = torch.arange(count, dtype=torch.uint8) * 30
+    labels = torch.arange(count)
+    images = grey.view(-1, 1, 1, 1).expand(-1, 3, 16, 16)
+    with seeded(count):
+        mixed = task.prepare(LabelledBatch(images=images, indices=labels, labels=labels))
+    assert mixed.images.shape == (count, 3, 16, 16) and mixed.targets.shape == (count, 10)
+    assert torch.equal(mixed.indices, labels)
+    torch.testing.assert_close(mixed.targets.sum(dim=1), torch.ones(count))
+    shares = (mixed.targets - 0.1 / 10) / 0.9  # without the smoothing
+    even = count // 2 * 2
+    share = shares[labels, labels]
+    expected = torch.diag(share)
+    expected[range(even), range(even - 1, -1, -1)] += 1 - share[:even]
+    torch.testing.assert_close(shares[:, :count], expected, atol=1e-6, rtol=0)
+    pixels = standardise(images, task.weights.mean, task.weights.deviation)
+    means = shares[:, :count] @ pixels.mean(dim=(2, 3))
+    torch.testing.assert_close(mixed.images.mean(dim=(2, 3)), means, atol=1e-5, rtol=0)
+    assert torch.equal(mixed.images[even:], pixels[even:])  # the last of an odd number stays as it is
+    assert (share[:even] < 1).all() and (share[even:] == pytest.approx(1))
+    values = {len(image[0].unique()) for image in mixed.images[:even]}
+    assert values <= ({1} if "cutmix" in mixing and not mixing["cutmix"] else {2} if mixing else {1, 2})
+
+
+def test_without_mixing_targets_are_smoothed_labels(encoder):
+    targets = task_of(encoder, mixup=0.0, cutmix=0.0, smoothing=0.2).prepare(labelled(3)).targets
+    assert targets[1].tolist() == pytest.approx([0.02, 0.82] + [0.02] * 8)
+    targets = task_of(encoder, mixup=0.0, cutmix=0.0, smoothing=0.0).prepare(labelled(3)).targets
+    assert torch.equal(targets, torch.eye(10)[:3])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_a_share_of_the_images_loses_a_rectangle(encoder, share):
+    task, batch = task_of(encoder, mixup=0.0, cutmix=0.0, erasing=share), labelled(400, size=32)
+    with seeded(5):
+        images = task.prepare(batch).images
+    changed = (images != standardise(batch.images, task.weights.mean, task.weights.deviation)).any(dim=1)
+    erased = changed.flatten(1).any(dim=1)
+    assert erased.float().mean() == pytest.approx(share, abs=0.07)
+    for image, mask in zip(images[erased], changed[erased], strict=True):
+        rectangle = mask[mask.any(dim=1)][:, mask.any(dim=0)]
+        assert rectangle.float().mean() > 0.99  # all of it, for noise seldom repeats a value
+        assert 0.01 < rectangle.numel() / 32**2 < 0.4
+        assert ((image[:, mask].std(dim=1) - 1).abs() < 0.7).all()  # pixel by pixel
+
+
+def test_images_are_erased_before_they_are_mixed(encoder):
+    """So each of two mixed images shows both rectangles."""
+    task = task_of(encoder, mixup=0.8, cutmix=0.0, erasing=1.0)
+    plain = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
+    with seeded(1):
+        images = task.prepare(LabelledBatch(images=plain, indices=torch.arange(8), labels=torch.arange(8))).images
+    shown = (images != images.flatten(2).mode(dim=2).values[..., None, None]).any(dim=1)
+    assert torch.equal(shown, shown.flip(0)) and not torch.equal(shown[0], shown[1])
+
+
+def test_what_is_random_in_a_step_is_a_function_of_its_key(encoder):
+    task, batch = task_of(encoder), labelled(16)
+
+    def prepared(key):
+        with seeded(0, key):
+            return task.prepare(batch)
+
+    first, again, other = prepared(1), prepared(1), prepared(2)
+    assert torch.equal(first.images, again.images) and torch.equal(first.targets, again.targets)
+    assert not torch.equal(first.images, other.images)
+
+
+def test_views_of_training_images_differ_by_epoch_and_repeat(encoder):
+    task = task_of(encoder)
+    assert torch.equal(task.training[3, 0].images, task.training[3, 0].images)
+    assert not torch.equal(task.training[3, 0].images, task.training[4, 0].images)
+    assert torch.equal(task.held_out[3, 0].images, task.held_out[4, 0].images)
+    assert not torch.equal(task.training[3, 0].images, task_of(encoder, seed=1).training[3, 0].images)
+
+
+def test_a_step_stays_on_the_device(encoder):
+    task = task_of(encoder)
+    with FakeTensorMode(allow_non_fake_inputs=True), seeded(0):  # tensors without data that claim to be on a GPU
+        batch = task.prepare(labelled(7).to(torch.device("cuda")))
+        loss = task.loss(lambda images: images.mean(dim=(2, 3)) @ images.new_ones(3, 10), batch)["loss"]
+    assert {tensor.device.type for tensor in (batch.images, batch.targets, loss)} == {"cuda"}
+
+
+def test_large_images_are_judged_on_their_centre(encoder):
+    task = task_of(encoder, image_size=96, data="shapes:10:128")
+    image = task.val.source.read(0)
+    assert torch.equal(task.held_out[0, 0].images[0], evaluation_view(image, (96, 96)))
+    assert not torch.equal(task.held_out[0, 0].images[0], fixed_view(image, (96, 96)))
+
+
+def test_the_loss_of_soft_targets_is_their_cross_entropy(encoder):
+    task = task_of(encoder)
+    with seeded(1):
+        batch = task.prepare(labelled(6))
+    task.model.eval()
+    logs = torch.log_softmax(task.model(batch.images), dim=1)
+    torch.testing.assert_close(task.loss(task.model, batch)["loss"], -(batch.targets * logs).sum(dim=1))
+
+
+# Choices and mistakes
+
+
+@pytest.mark.parametrize(
+    ("images", "depth", "size", "choice"),
+    [
+        (1_281_167, 12, 224, (1024, 100, 5, 5e-4, 0.65, 0.08)),
+        (1_281_167, 24, 224, (1024, 100, 5, 5e-4, 0.799, 0.08)),
+        (1_281_167, 54, 224, (1024, 100, 5, 5e-4, 0.903, 0.08)),
+        (1_000, 4, 64, (16, 100, 5, 1.6e-2, 0.65, 0.4)),
+    ],
+)
+def test_choices_follow_from_the_data_and_the_depth(images, depth, size, choice):
+    s = resolve_finetuning(
+        Finetuning(weights="encoder", data="labelled"), images=images, depth=depth, image_size=(size, size),
+        patch_size=(16, 16), gpu=False, devices=1, precision="32",
+    )  # fmt: skip
+    chosen = (s.batch_size, s.epochs, s.warmup_epochs, s.base_lr, s.layer_decay, s.min_crop)
+    assert chosen == pytest.approx(choice)
+    assert (s.weight_decay, s.drop_path, s.min_lr, s.ema, s.clip_grad) == (0.05, 0.1, 1e-6, None, None)
+    assert (s.randaugment, s.erasing, s.mixup, s.cutmix, s.smoothing) == ("rand-m9-mstd0.5-inc1", 0.25, 0.8, 1.0, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": None}, "--weights is missing; give a run folder of mirl pretrain, or a timm name"),
+        ({"weights": "nowhere"}, "'nowhere' is neither a file, a folder nor the name of a timm model"),
+        ({"data": "nowhere"}, "'nowhere' does not exist"),
+        ({"randaugment": "nonsense"}, "--randaugment nonsense is not allowed; give timm's description, such as rand"),
+        ({"randaugment": "rand-mfast1"}, "--randaugment rand-mfast1 is not allowed; .* or none"),
+        ({"reinit_last": 3}, "--reinit_last 3 is more than the 2 blocks"),
+        ({"reinit_last": 2, "depth": 1}, "--reinit_last 2 is more than the 1 blocks"),
+        ({"patch_size": 5}, r"patches of 5x5 do not tile an image of 16x16; choose --image_size \[15,15\]"),
+        ({"image_size": 20}, r"patches of 8x8 do not tile an image of 20x20; choose --image_size \[16,16\]"),
+        ({"batch_size": 97}, "--batch_size 97 is more than the 96 training images; give at most 96"),
+        ({"mixup": -0.1}, "--mixup -0.1 is not allowed; give 0 or more"),
+        ({"smoothing": 1.0}, "--smoothing 1.0 is not allowed"),
+        ({"drop_path": 1.0}, "--drop_path 1.0 is not allowed"),
+        ({"ema": 1.0}, "--ema 1.0 is not allowed"),
+        ({"layer_decay": 0.0}, "--layer_decay 0.0 is not allowed"),
+        ({"depth": 0}, "--depth 0 is not allowed; give 1 or more"),
+        ({"val_fraction": 0.2}, "has train/ and val/ already; leave out --val_fraction"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_mistake_is_one_line(options, change, message):
+    assert re.search(message, mistake(mirl.finetune, **options | change))
+    assert not Path(options["out"]).exists()
+
+
+def test_class_folders_that_do_not_fit_are_one_line(options, patterns, tmp_path):
+    data = shutil.copytree(patterns, tmp_path / "data")
+    options |= {"data": str(data)}
+    (data / "val" / "stars").mkdir()
+    assert "class folder 'stars' in" in mistake(mirl.finetune, **options)
+    shutil.copy(data / "val" / "plain" / "00.png", data / "val" / "stars")
+    assert f"class 'stars' has no folder in {data}/train; both splits need" in mistake(mirl.finetune, **options)
+
+
+def test_channels_that_files_cannot_have_are_one_line(options, tmp_path):
+    weights = write_encoder(tmp_path / "five", channels=5)
+    assert "patterns/train' has no images" in mistake(mirl.finetune, **options | {"weights": weights})
+    assert "shapes are RGB" in mistake(mirl.finetune, **options | {"weights": weights, "data": "shapes:20"})
+
+
+def test_a_run_is_neither_overwritten_nor_changed_by_mistake(options, everything, tmp_path, capsys):
+    options |= {"out": str(everything)}
+    assert main(["finetune", *flags(options)]) == 2
+    assert_one_line(2, capsys.readouterr().err, "holds a run; add --resume to go on, --overwrite to start again")
+    for change in ({"drop_path": 0.2}, {"ema": 0.99}, {"randaugment": "none"}, {"image_size": 32}, {"seed": 1}):
+        (name,) = change
+        message = mistake(mirl.finetune, **options | change | {"resume": True})
+        assert f"the run was started with --{name} " in message and "cannot change it to" in message
+    assert main(["finetune", f"--out={everything}", "--resume"]) == 0
+    assert "the run is complete (12 steps)" in capsys.readouterr().out
+
+
+def test_one_folder_is_divided(encoder, patterns):
+    task = task_of(encoder, data=f"{patterns}/train", val_fraction=0.25)
+    assert (len(task.training), len(task.held_out)) == (72, 24)
+    assert {int(task.held_out[0, i].labels) for i in range(24)} == {0, 1, 2, 3}
+    assert open_split(f"{patterns}/train", val_fraction=0.25)[0].classes == task.classes
