@@ -37,7 +37,11 @@ def test_a_runs_encoder_can_be_read_out_and_used_as_it_says(tiny, tmp_path, caps
 
 
 def test_the_readmes_commands_options_and_files_exist():
-    options = {f"--{field.name}" for field in fields(mirl.Pretraining)} | {"--config", "--help"}
+    commands_options = (
+        *(mirl.Pretraining, mirl.Finetuning, mirl.EvaluateOptions),
+        *(mirl.ProbeOptions, mirl.KNNOptions, mirl.EmbedOptions),
+    )
+    options = {f"--{field.name}" for kind in commands_options for field in fields(kind)} | {"--config", "--help"}
     commands = re.findall(r"mirl (\w+)((?: [^\s`]+)*)", "\n".join(re.findall(r"`[^`]+`|^    .*$", README, re.M)))
     given = {command for command, _ in commands if command in COMMANDS}
     assert given == set(COMMANDS)

@@ -21,7 +21,7 @@ MIN_SIZE = 16
 
 OCCLUDED_IMAGES = 0.3  # fraction of all images
 HIDDEN = (0.05, 0.20)  # fraction of an occluded shape's pixels
-RADIUS = (0.27, 0.42)
+RADIUS = (0.30, 0.44)
 PERIOD = (0.3, 0.6)
 # A pattern is multiplied by its sharpness and cut at +-1: about 1 is soft, 2 is crisp.
 SHARPNESS = (0.9, 2.2)

@@ -1,6 +1,5 @@
 """`mirl evaluate`: how good a fine-tuned classifier is on other images, where it errs, and whether it knows."""
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,7 +20,7 @@ from mirl.data.sources import Source
 from mirl.data.transforms import evaluation_view
 from mirl.errors import UserError
 from mirl.tasks.accuracy import Accuracy, Predictions, accuracy, predict, write_json
-from mirl.tasks.settings import COUNT, NOT_NEGATIVE
+from mirl.tasks.settings import COUNT, NOT_NEGATIVE, Options, Ranges
 from mirl.tasks.weights import open_weights
 from mirl.training.checkpoints import atomic
 from mirl.training.pictures import contact_sheet
@@ -33,7 +32,7 @@ NAMED = 40  # most classes whose names fit beside a confusion matrix
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateOptions(Options):
     """Options of `mirl evaluate`."""
 
     weights: str | None = None
@@ -47,14 +46,9 @@ class EvaluateOptions:
     out: str | None = None
     """folder of the results; by default evaluations/ and the name of the data, in the run folder if --weights is one"""
 
-    def __post_init__(self) -> None:
-        for name in ("weights", "data", "out"):  # pathlib's paths are welcome
-            if isinstance(path := getattr(self, name), os.PathLike):
-                object.__setattr__(self, name, os.fspath(path))
-        for name, (allowed, text) in {"batch_size": COUNT, "workers": NOT_NEGATIVE}.items():
-            value = getattr(self, name)
-            if value is not None and not allowed(value):
-                raise UserError(f"--{name} {value} is not allowed; give {text}")
+    def ranges(self) -> Ranges:
+        """Return what is allowed for numbers."""
+        return {"batch_size": COUNT, "workers": NOT_NEGATIVE}
 
 
 @dataclass(frozen=True)

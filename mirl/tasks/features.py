@@ -4,12 +4,11 @@ Images are never masked and never augmented: one fixed view each. Symbols: b ima
 """
 
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -23,7 +22,7 @@ from mirl.data.loading import Batch, LabelledImages, Views, load
 from mirl.data.transforms import fixed_view, standardise
 from mirl.errors import UserError
 from mirl.models.encoder import check_sizes
-from mirl.tasks.settings import Ranges, available_cores, default_workers, pair
+from mirl.tasks.settings import COUNT, NOT_NEGATIVE, Options, Ranges, available_cores, default_workers, pair
 from mirl.tasks.weights import Weights, open_weights
 from mirl.training.runs import console
 
@@ -33,7 +32,7 @@ PIXEL_SIZE = 32
 
 
 @dataclass(frozen=True)
-class FeatureOptions:
+class FeatureOptions(Options):
     """Options of every command that reads features."""
 
     weights: str | None = None
@@ -58,22 +57,17 @@ class FeatureOptions:
     """where results go"""
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # pathlib's paths are welcome
-            value = getattr(self, field.name)
-            if isinstance(value, os.PathLike):
-                object.__setattr__(self, field.name, os.fspath(value))
+        super().__post_init__()
         if not self.weights:
             raise UserError("--weights is missing; give a run folder, a timm name, or `pixels`")
-        for name, (allowed, text) in self.ranges().items():
-            value = getattr(self, name)
-            if value is not None and not allowed(value):
-                raise UserError(f"--{name} {value} is not allowed; give {text}")
+        if self.weights == PIXELS and (self.block or self.untrained):
+            raise UserError("raw pixels have no blocks and no weights; leave out --block and --untrained")
 
     def ranges(self) -> Ranges:
         """Return what is allowed for numbers."""
         return {
-            "batch_size": (lambda x: x >= 1, "1 or more"),
-            "workers": (lambda x: x >= 0, "0 or more"),
+            "batch_size": COUNT,
+            "workers": NOT_NEGATIVE,
             "block": (lambda x: x >= 1, "1 or more"),
         }
 
@@ -150,7 +144,10 @@ class RawPixels:
         return images.flatten(1)[:, None].float() / 255
 
 
-def open_encoder(options: FeatureOptions, *, every_block: bool = False, pool: Pool | None = None) -> Any:
+Encoder = FrozenEncoder | RawPixels
+
+
+def open_encoder(options: FeatureOptions, *, every_block: bool = False, pool: Pool | None = None) -> Encoder:
     """Open what `--weights` names as something that maps images to features."""
     assert options.weights is not None
     if options.weights == PIXELS:
@@ -188,7 +185,7 @@ class Cached:
     bad: tuple[tuple[str, str], ...]
 
 
-def cache(encoder: Any, split: LabelledSource, options: FeatureOptions, title: str) -> Cached:
+def cache(encoder: Encoder, split: LabelledSource, options: FeatureOptions, title: str) -> Cached:
     """Compute the features of a split once.
 
     Raises:

@@ -8,9 +8,10 @@ import torch
 from matplotlib.figure import Figure
 
 from mirl.data.labels import open_split
+from mirl.errors import UserError
 from mirl.tasks.accuracy import Accuracy, accuracy, write_json
 from mirl.tasks.features import FeatureOptions, cache, open_encoder
-from mirl.tasks.settings import Ranges
+from mirl.tasks.settings import SEED, Ranges
 from mirl.training.checkpoints import atomic
 from mirl.training.runs import console
 
@@ -33,11 +34,16 @@ class ReadOutOptions(FeatureOptions):
     seed: int = 0
     """of the split and of whatever is fitted"""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block and self.every_block:
+            raise UserError("--block and --every_block were both given; choose one")
+
     def ranges(self) -> Ranges:
         """Return what is allowed for numbers."""
         return super().ranges() | {
             "val_fraction": (lambda x: 0 < x < 1, "more than 0 and less than 1"),
-            "seed": (lambda x: x >= 0, "0 or more"),
+            "seed": SEED,
         }
 
 

@@ -5,6 +5,7 @@ must agree with.
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,9 +33,44 @@ FREE = {"out", "checkpoint_minutes", "checkpoint_steps", "max_bad", "micro_batch
         "precision", "block_figures", "labelled"}  # fmt: skip
 NOT_SAVED = {"resume", "overwrite", "download"}
 
+Ranges = dict[str, tuple[Callable[[Any], bool], str]]
+POSITIVE: tuple[Callable[[Any], bool], str] = (lambda x: 0 < x < math.inf, "more than 0")
+NOT_NEGATIVE: tuple[Callable[[Any], bool], str] = (lambda x: 0 <= x < math.inf, "0 or more")
+COUNT: tuple[Callable[[Any], bool], str] = (lambda x: x >= 1, "1 or more")
+SEED: tuple[Callable[[Any], bool], str] = (lambda x: 0 <= x < 2**63, "0 to 2^63 - 1")
+FRACTION: tuple[Callable[[Any], bool], str] = (lambda x: 0 <= x <= 1, "0 to 1")
+RUN_RANGES: Ranges = {
+    "max_bad": FRACTION, "weight_decay": NOT_NEGATIVE, "checkpoint_minutes": NOT_NEGATIVE, "clip_grad": POSITIVE,
+    "seed": SEED, "workers": NOT_NEGATIVE, "batch_size": COUNT, "micro_batch": COUNT, "evaluate_epochs": COUNT,
+    "checkpoint_steps": COUNT, "num_nodes": COUNT,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
-class RunOptions:
+class Options:
+    """Options of a command: paths become text, and numbers are held to their ranges.
+
+    Raises:
+        UserError: if a number is outside its range.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, os.PathLike):
+                object.__setattr__(self, field.name, os.fspath(value))
+        for name, (allowed, text) in self.ranges().items():
+            value = getattr(self, name)
+            if value is not None and not allowed(value):
+                raise UserError(f"--{name} {value} is not allowed; give {text}")
+
+    def ranges(self) -> Ranges:
+        """Return what is allowed: for each number a test and its words."""
+        return {}
+
+
+@dataclass(frozen=True)
+class RunOptions(Options):
     """Options of every run that trains: the optimizer's, the machine's, the run folder's."""
 
     out: str | None = None
@@ -71,36 +107,14 @@ class RunOptions:
     max_bad: float = 0.1
     """share of unusable files above which the run stops"""
 
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # pathlib's paths are welcome
-            value = getattr(self, field.name)
-            if isinstance(value, os.PathLike):
-                object.__setattr__(self, field.name, os.fspath(value))
-        for name, (allowed, text) in {**RANGES, **self.ranges()}.items():
-            value = getattr(self, name)
-            if value is not None and not allowed(value):
-                raise UserError(f"--{name} {value} is not allowed; give {text}")
-
-    def ranges(self) -> "Ranges":
-        """Return what this command allows for its own numbers."""
-        return {}
+    def ranges(self) -> Ranges:
+        """Return what is allowed for numbers of every run."""
+        return RUN_RANGES
 
     def saved(self) -> dict[str, Any]:
         """Return what config.yaml keeps: every option but those that tell how to start."""
         values = {k: v for k, v in dataclasses.asdict(self).items() if k not in NOT_SAVED}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-
-Ranges = dict[str, tuple[Callable[[Any], bool], str]]
-POSITIVE: tuple[Callable[[Any], bool], str] = (lambda x: x > 0, "more than 0")
-NOT_NEGATIVE: tuple[Callable[[Any], bool], str] = (lambda x: x >= 0, "0 or more")
-COUNT: tuple[Callable[[Any], bool], str] = (lambda x: x >= 1, "1 or more")
-FRACTION: tuple[Callable[[Any], bool], str] = (lambda x: 0 <= x <= 1, "0 to 1")
-RANGES: Ranges = {
-    "max_bad": FRACTION, "weight_decay": NOT_NEGATIVE, "checkpoint_minutes": NOT_NEGATIVE, "clip_grad": POSITIVE,
-    "seed": NOT_NEGATIVE, "workers": NOT_NEGATIVE, "batch_size": COUNT, "micro_batch": COUNT, "evaluate_epochs": COUNT,
-    "checkpoint_steps": COUNT, "num_nodes": COUNT,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -186,7 +200,7 @@ class Pretraining(RunOptions, _Pretraining):
 
     def ranges(self) -> Ranges:
         """Return what is allowed for numbers of pre-training."""
-        return {
+        return super().ranges() | {
             "mask_ratio": (lambda x: 0 < x < 1, "more than 0 and less than 1"),
             "min_crop": (lambda x: 0 < x <= 1, "more than 0 and at most 1"),
             "base_lr": POSITIVE, "warmup_epochs": NOT_NEGATIVE, "epochs": COUNT, "channels": COUNT,
@@ -268,7 +282,7 @@ class Finetuning(RunOptions, _Finetuning):
     def ranges(self) -> Ranges:
         """Return what is allowed for numbers of fine-tuning."""
         share = (lambda x: 0 <= x < 1, "0 or more and less than 1")
-        return {
+        return super().ranges() | {
             "val_fraction": (lambda x: 0 < x < 1, "more than 0 and less than 1"), "depth": COUNT,
             "reinit_last": NOT_NEGATIVE, "epochs": COUNT, "base_lr": POSITIVE, "min_lr": NOT_NEGATIVE,
             "layer_decay": (lambda x: 0 < x <= 1, "more than 0 and at most 1"), "warmup_epochs": NOT_NEGATIVE,
@@ -311,10 +325,10 @@ def pair(size: int | Sequence[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-Options = TypeVar("Options", bound=RunOptions)
+Run = TypeVar("Run", bound=RunOptions)
 
 
-def resumed(given: Options, saved: dict[str, Any]) -> Options:
+def resumed(given: Run, saved: dict[str, Any]) -> Run:
     """Return the run's own settings, with the options that may change taken from `given`.
 
     An option left at its default takes the saved value.
