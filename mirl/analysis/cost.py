@@ -16,8 +16,9 @@ from mirl.models.autoencoder import Autoencoder, build_autoencoder
 from mirl.models.encoder import embed_visible, parse_model, run_segments
 from mirl.models.masking import split
 from mirl.models.patches import Size
+from mirl.tasks.options import pair
 from mirl.tasks.pretrain import decoder_shape, method_of
-from mirl.tasks.settings import Resolved, default_patch, pair
+from mirl.tasks.settings import Resolved, default_patch
 
 LINEAR = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution, torch.ops.aten.convolution_backward}
 

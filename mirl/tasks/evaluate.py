@@ -20,7 +20,7 @@ from mirl.data.sources import Source
 from mirl.data.transforms import evaluation_view
 from mirl.errors import UserError
 from mirl.tasks.accuracy import Accuracy, Predictions, accuracy, predict, write_json
-from mirl.tasks.settings import COUNT, NOT_NEGATIVE, Options, Ranges
+from mirl.tasks.options import COUNT, NOT_NEGATIVE, Options, Ranges
 from mirl.tasks.weights import open_weights
 from mirl.training.checkpoints import atomic
 from mirl.training.pictures import contact_sheet

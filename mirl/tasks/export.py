@@ -11,7 +11,8 @@ from mirl.data.transforms import channel_statistics
 from mirl.models.autoencoder import Autoencoder
 from mirl.models.encoder import ARCHITECTURE, parse_model, timm_arguments
 from mirl.models.patches import Size
-from mirl.tasks.settings import Resolved, ResolvedRun
+from mirl.tasks.options import ResolvedRun
+from mirl.tasks.settings import Resolved
 from mirl.tasks.weights import Weights
 from mirl.training.checkpoints import atomic
 from mirl.training.runs import RunFolder

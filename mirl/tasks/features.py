@@ -22,7 +22,7 @@ from mirl.data.loading import Batch, LabelledImages, Views, load
 from mirl.data.transforms import fixed_view, standardise
 from mirl.errors import UserError
 from mirl.models.encoder import check_sizes
-from mirl.tasks.settings import COUNT, NOT_NEGATIVE, Options, Ranges, available_cores, default_workers, pair
+from mirl.tasks.options import COUNT, NOT_NEGATIVE, Options, Ranges, available_cores, default_workers, pair
 from mirl.tasks.weights import Weights, open_weights
 from mirl.training.runs import console
 

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from mirl.errors import UserError
 from mirl.tasks.accuracy import Accuracy
+from mirl.tasks.options import Ranges
 from mirl.tasks.readout import ReadOutOptions, read_out
-from mirl.tasks.settings import Ranges
 
 CHUNK = 2**26  # similarities held in memory at once: 256 MiB
 TRAIN_CHUNK = 2**16  # training images of them, or k if that is more

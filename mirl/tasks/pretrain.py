@@ -25,8 +25,9 @@ from mirl.models.patches import gather, grid_size, patchify
 from mirl.objectives.pixels import pixel_target, reconstruction_loss
 from mirl.tasks.blocks import BlockMonitor
 from mirl.tasks.export import export, how_to_use
+from mirl.tasks.options import ResolvedRun, built_in, resumed
 from mirl.tasks.run import RunnableTask, carry_out
-from mirl.tasks.settings import Pretraining, Resolved, ResolvedRun, built_in, resolve, resumed
+from mirl.tasks.settings import Pretraining, Resolved, resolve
 from mirl.training import processes
 from mirl.training.monitors import Monitor
 from mirl.training.optimizers import adamw

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mirl.tasks.accuracy import Accuracy
+from mirl.tasks.options import Ranges
 from mirl.tasks.readout import ReadOutOptions, read_out
-from mirl.tasks.settings import Ranges
 from mirl.training.runs import console
 from mirl.training.schedules import learning_rate
 

@@ -11,7 +11,7 @@ from mirl.data.labels import open_split
 from mirl.errors import UserError
 from mirl.tasks.accuracy import Accuracy, accuracy, write_json
 from mirl.tasks.features import FeatureOptions, cache, open_encoder
-from mirl.tasks.settings import SEED, Ranges
+from mirl.tasks.options import SEED, Ranges
 from mirl.training.checkpoints import atomic
 from mirl.training.runs import console
 

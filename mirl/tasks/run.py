@@ -2,13 +2,14 @@
 
 import errno
 import math
+from abc import abstractmethod
 from dataclasses import replace
 
 import torch
 
 from mirl.data.loading import B, StepSampler, Views, load
 from mirl.errors import UserError
-from mirl.tasks.settings import ResolvedRun
+from mirl.tasks.options import ResolvedRun
 from mirl.training import loop
 from mirl.training.monitors import duration
 from mirl.training.processes import Fabric
@@ -30,18 +31,19 @@ class RunnableTask(Task[B]):
     held_out: Views
     samples: int
 
+    @abstractmethod
     def optimizer(self) -> torch.optim.Optimizer:
         """Build the optimizer of the model's parameters."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rate(self, progress: float) -> float:
         """Return the learning rate at `progress` in 0..1 of the run."""
-        raise NotImplementedError
 
+    @abstractmethod
     def summary(self) -> list[str]:
         """Say what was chosen, before the first step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self, run: RunFolder, settings: ResolvedRun) -> None:
         """Leave results in the run folder; called in the first process only."""
 

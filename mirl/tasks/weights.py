@@ -19,7 +19,7 @@ from mirl.data.transforms import channel_statistics
 from mirl.errors import UserError
 from mirl.models.encoder import ARCHITECTURE, initialise_encoder, model_name, parse_model, timm_arguments
 from mirl.models.patches import Size
-from mirl.tasks.settings import pair
+from mirl.tasks.options import pair
 from mirl.training.checkpoints import load_newest
 from mirl.training.runs import read_config
 

@@ -2,6 +2,7 @@
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, Generic
 
@@ -16,7 +17,7 @@ from mirl.training.processes import Fabric, as_one, over_processes
 from mirl.training.runs import RunFolder
 
 
-class Task(Generic[B]):
+class Task(ABC, Generic[B]):
     """What a command trains.
 
     Attributes:
@@ -31,9 +32,9 @@ class Task(Generic[B]):
         """Return what the loss sees of a training batch: a function of the batch, on the same device."""
         return batch
 
+    @abstractmethod
     def loss(self, model: nn.Module, batch: B) -> dict[str, Tensor]:
         """Return per-image values [b]: `loss`, which is minimised, and whatever else should be recorded."""
-        raise NotImplementedError
 
     def draw(self, run: RunFolder, monitor: Monitor, step: int, epoch: float) -> None:
         """Write pictures after an evaluation; called in the first process only."""
@@ -41,13 +42,13 @@ class Task(Generic[B]):
     def settle(self) -> None:
         """Wait for what is computed beside the training; called before the run ends, in every process."""
 
+    @abstractmethod
     def example(self, size: int) -> B:
         """Return a batch of `size` meaningless images, to measure memory and time with."""
-        raise NotImplementedError
 
+    @abstractmethod
     def names(self, batch: B) -> list[str]:
         """Name the batch's images."""
-        raise NotImplementedError
 
 
 def probe(fabric: Fabric, task: Task[B], micro_batch: int, run: RunFolder) -> tuple[int, float]:

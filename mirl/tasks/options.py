@@ -1,0 +1,206 @@
+"""What the options of all commands share: their ranges, those of every run that trains, what resuming allows."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from mirl.errors import UserError
+
+Precision = Literal["32", "bf16", "16"]
+
+# Options of one start, not of the run; the others that may change when a run is resumed.
+OF_THIS_START = {"resume", "overwrite", "download", "devices", "num_nodes", "workers"}
+FREE = {"out", "checkpoint_minutes", "checkpoint_steps", "max_bad", "micro_batch", "clip_grad", "evaluate_epochs",
+        "precision", "block_figures", "labelled"}  # fmt: skip
+NOT_SAVED = {"resume", "overwrite", "download"}
+
+Ranges = dict[str, tuple[Callable[[Any], bool], str]]
+POSITIVE: tuple[Callable[[Any], bool], str] = (lambda x: 0 < x < math.inf, "more than 0")
+NOT_NEGATIVE: tuple[Callable[[Any], bool], str] = (lambda x: 0 <= x < math.inf, "0 or more")
+COUNT: tuple[Callable[[Any], bool], str] = (lambda x: x >= 1, "1 or more")
+SEED: tuple[Callable[[Any], bool], str] = (lambda x: 0 <= x < 2**63, "0 to 2^63 - 1")
+FRACTION: tuple[Callable[[Any], bool], str] = (lambda x: 0 <= x <= 1, "0 to 1")
+RUN_RANGES: Ranges = {
+    "max_bad": FRACTION, "weight_decay": NOT_NEGATIVE, "checkpoint_minutes": NOT_NEGATIVE, "clip_grad": POSITIVE,
+    "seed": SEED, "workers": NOT_NEGATIVE, "batch_size": COUNT, "micro_batch": COUNT, "evaluate_epochs": COUNT,
+    "checkpoint_steps": COUNT, "num_nodes": COUNT,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a command: paths become text, and numbers are held to their ranges.
+
+    Raises:
+        UserError: if a number is outside its range.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, os.PathLike):
+                object.__setattr__(self, field.name, os.fspath(value))
+        for name, (allowed, text) in self.ranges().items():
+            value = getattr(self, name)
+            if value is not None and not allowed(value):
+                raise UserError(f"--{name} {value} is not allowed; give {text}")
+
+    def ranges(self) -> Ranges:
+        """Return what is allowed: for each number a test and its words."""
+        return {}
+
+
+@dataclass(frozen=True)
+class RunOptions(Options):
+    """Options of every run that trains: the optimizer's, the machine's, the run folder's."""
+
+    out: str | None = None
+    """run folder; by default runs/ and the name of the data"""
+    batch_size: int | None = None
+    """images in one optimizer step over all devices; by default a power of two near images / 50, from 16 on"""
+    micro_batch: int | None = None
+    """images computed at once on one device; by default 64 on a CPU, on a GPU what fits, at most 512"""
+    weight_decay: float = 0.05
+    """AdamW's, not applied to norms and biases"""
+    clip_grad: float | None = None
+    """largest gradient norm; by default not clipped"""
+    seed: int = 0
+    """of weights, order and everything random about images"""
+
+    precision: Literal["auto", "32", "bf16", "16"] = "auto"
+    """auto: bf16 where the device multiplies it in hardware, else 32 on a CPU and 16 on a GPU"""
+    devices: str | int = "auto"
+    """GPUs (or CPU processes) on this machine"""
+    num_nodes: int = 1
+    """machines"""
+    workers: int | None = None
+    """data workers per device; by default one per core of a GPU, at most 16; on a CPU few or none"""
+    resume: bool = False
+    """go on with the run in --out; options that are not given are the run's own"""
+    overwrite: bool = False
+    """delete the run in --out and start again"""
+    checkpoint_minutes: float = 10
+    """longest time between checkpoints"""
+    checkpoint_steps: int | None = None
+    """most steps between checkpoints; by default only the time counts"""
+    evaluate_epochs: int | None = None
+    """epochs between evaluations with pictures; by default 20 times in a run"""
+    max_bad: float = 0.1
+    """share of unusable files above which the run stops"""
+
+    def ranges(self) -> Ranges:
+        """Return what is allowed for numbers of every run."""
+        return RUN_RANGES
+
+    def saved(self) -> dict[str, Any]:
+        """Return what config.yaml keeps: every option but those that tell how to start."""
+        values = {k: v for k, v in dataclasses.asdict(self).items() if k not in NOT_SAVED}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+@dataclass(frozen=True)
+class ResolvedRun(RunOptions):
+    """Options of every run, of which every choice is made."""
+
+    out: str = ""
+    batch_size: int = 1
+    micro_batch: int = 1
+    precision: Literal["32", "bf16", "16"] = "32"
+    workers: int = 0
+    evaluate_epochs: int = 1
+    epochs: int = 1
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out)
+
+
+def default_folder(data: str, otherwise: str) -> Path:
+    """Return runs/ and the name of the data."""
+    name = Path(data).stem if "*" not in data else otherwise
+    return Path("runs") / (name.replace(":", "-") or otherwise)
+
+
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """Read a size given as one number or as (height, width)."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+Run = TypeVar("Run", bound=RunOptions)
+
+
+def resumed(given: Run, saved: dict[str, Any]) -> Run:
+    """Return the run's own settings, with the options that may change taken from `given`.
+
+    An option left at its default takes the saved value.
+
+    Raises:
+        UserError: if an option was given that would make it another run.
+    """
+    changes = {}
+    for field in dataclasses.fields(given):
+        value, kept = getattr(given, field.name), saved.get(field.name, field.default)
+        if field.name in ("image_size", "patch_size"):
+            kept, value = pair(kept), value if value is None else pair(value)
+        if field.name in OF_THIS_START:
+            changes[field.name] = value
+        elif value in (field.default, kept):
+            changes[field.name] = kept
+        elif field.name in FREE:
+            changes[field.name] = value
+        else:
+            raise UserError(
+                f"the run was started with --{field.name} {kept}, and --resume cannot change it to {value}; "
+                f"leave it out, or start a new run with another --out"
+            )
+    return type(given)(**changes)
+
+
+def resolve_run(
+    given: RunOptions, *, images: int, most: int, epochs: int, gpu: bool, devices: int, precision: Precision
+) -> dict[str, Any]:
+    """Choose batches, workers and evaluations of a run over `images` for `epochs`; `most` images in a batch.
+
+    Raises:
+        UserError: if the batch is larger than the data or cannot be shared by the devices.
+    """
+    batch = given.batch_size or default_batch(images, devices, most)
+    if batch > images:
+        raise UserError(f"--batch_size {batch} is more than the {images} training images; give at most {images}")
+    if batch % devices:
+        raise UserError(f"--batch_size {batch} cannot be shared by {devices} devices; give a multiple of {devices}")
+    cores = available_cores() * given.num_nodes // devices
+    return {
+        "epochs": epochs,
+        "batch_size": batch,
+        "micro_batch": min(given.micro_batch or (512 if gpu else 64), batch // devices),
+        "precision": precision,
+        "workers": default_workers(cores, gpu) if given.workers is None else given.workers,
+        "evaluate_epochs": given.evaluate_epochs or max(1, epochs // 20),
+    }
+
+
+def built_in(data: str) -> bool:
+    """Tell whether the data are the generated shapes."""
+    return data.partition(":")[0] == "shapes"
+
+
+def default_batch(images: int, devices: int, most: int) -> int:
+    """Return `most` (the paper's) for ImageNet's size, less for fewer images: about 50 to 100 steps an epoch."""
+    power = 2 ** max(0, (images // 50).bit_length() - 1)
+    batch = min(images, most, max(16, power))
+    return max(devices, batch - batch % devices)
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_workers(cores: int, gpu: bool) -> int:
+    """Return one data worker for each core of a GPU; on a CPU few, because they take cores from the training."""
+    return min(16, max(1, cores)) if gpu else max(0, cores // 2 - 1)
