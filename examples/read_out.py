@@ -2,8 +2,8 @@
 
     python examples/read_out.py runs/demo
 
-A linear classifier (ridge regression) and k-NN (cosine, k = 10) are fitted on 4,000 labelled images of the built-in
-shapes and tested on 2,000 others. Pre-training never saw a label. Writes read_out.json into the run folder.
+A linear classifier (ridge regression) and k-NN (cosine, k = 10) are fitted on 3,000 labelled images of the built-in
+shapes and tested on 1,000 others. Pre-training never saw a label. Writes read_out.json into the run folder.
 `mirl probe` and `mirl knn` do this for any images.
 """
 
@@ -21,7 +21,7 @@ from mirl.tasks.knn import vote
 from mirl.tasks.weights import open_weights
 
 
-def main(run: Path, train: int = 4000, test: int = 2000) -> dict[str, dict[str, float]]:
+def main(run: Path, train: int = 3000, test: int = 1000) -> dict[str, dict[str, float]]:
     """Print, save and return the accuracies that three kinds of features allow."""
     weights = open_weights(str(run))
     blocks = range(1, weights.depth + 1)  # the means over patches of every block, side by side
