@@ -17,6 +17,7 @@ from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from sklearn.linear_model import RidgeClassifierCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -175,6 +176,7 @@ def draw_blocks(rows: list[dict[str, Any]], path: Path) -> None:
             axes.plot(blocks, row[name], color=colours(scale(row["epoch"])), marker=".", markersize=3, linewidth=1)
         axes.set_title(TITLES[name], fontsize=8)
         axes.set_xlabel("block", fontsize=7)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
     figure.colorbar(ScalarMappable(scale, colours), ax=figure.axes, label="epoch", pad=0.01)

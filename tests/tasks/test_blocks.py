@@ -1,6 +1,7 @@
 """What is shown of each block is what the encoder does, and showing it does not change the training."""
 
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -81,6 +82,13 @@ def test_looking_does_not_change_the_training(run, tiny, tmp_path):
     unwatched = mirl.pretrain(**tiny, block_figures=False, out=str(tmp_path / "run"))
     assert_same_run(run, unwatched)
     assert not rows(unwatched, "blocks") and not (unwatched / "pictures" / "blocks.png").exists()
+
+
+def test_no_thread_stays_behind(tiny, tmp_path):
+    """An idle thread that owns an OpenMP team slows every later step down."""
+    before = threading.active_count()
+    mirl.pretrain(**tiny | {"epochs": 1}, out=str(tmp_path / "run"))
+    assert threading.active_count() == before
 
 
 def test_blocks_are_read_out_on_class_folders_that_are_given(tiny, tmp_path):
