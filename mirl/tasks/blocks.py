@@ -86,20 +86,22 @@ class BlockMonitor:
             for split, count in zip(labelled or (), counts, strict=False)
         ]
         self.classes = len(labelled[0].classes) if labelled else 0
-        self._pending: list[Future[None]] = []
+        self._pending: list[tuple[ThreadPoolExecutor, Future[None]]] = []
 
     def observe(self, run: RunFolder, monitor: Monitor, step: int, epoch: float) -> None:
         """Compute tokens now, and what follows from them beside the training; it is recorded when it is there."""
         looks = [self._look(images) for images in (self.images, *self.labelled)]
         # One thread for this alone, with one core: OpenMP slows the training down while another thread owns a team.
         thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
-        self._pending.append(thread.submit(self._finish, run, monitor, step, epoch, *looks))
+        self._pending.append((thread, thread.submit(self._finish, run, monitor, step, epoch, *looks)))
         thread.shutdown(wait=False)
 
     def settle(self) -> None:
         """Wait for what is still being computed."""
         while self._pending:
-            self._pending.pop(0).result()
+            thread, result = self._pending.pop(0)
+            thread.shutdown()
+            result.result()
 
     def _finish(self, run: RunFolder, monitor: Monitor, step: int, epoch: float, look: Look, *labelled: Look) -> None:
         ranks = [effective_rank(block) for block in look.rows.unbind(1)]
