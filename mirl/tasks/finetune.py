@@ -112,9 +112,8 @@ class FinetuneTask(RunnableTask[Batch]):
                 f"--randaugment {settings.randaugment} is not allowed; give timm's description, such as "
                 "rand-m9-mstd0.5-inc1, or none"
             ) from error
-        options: dict[str, Any] = {"smallest": (1, 1), "labels": train.labels}
         self.training = LabelledImages(
-            train.source, train.members, view, key=(settings.seed, TRAINING), substitute=True, **options
+            train.source, train.members, view, labels=train.labels, key=(settings.seed, TRAINING), substitute=True
         )
         see = partial(evaluation_view, size=settings.image_size)
         self.held_out = LabelledImages(val.source, val.members, see, labels=val.labels, key=(0, HELD_OUT))
