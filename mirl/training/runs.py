@@ -18,7 +18,7 @@ from mirl.training.checkpoints import atomic
 
 ENTRIES = (
     *("config.yaml", "log.txt", "metrics.jsonl", "tensorboard", "checkpoints", "encoder", "autoencoder.safetensors"),
-    *("encoder.tmp", "pictures", "results.json"),
+    *("encoder.tmp", "pictures", "results.json", "readouts", "evaluations"),
 )
 console = Console(highlight=False, soft_wrap=True, emoji=False)  # "shapes:100" is not an emoji
 

@@ -62,7 +62,8 @@ def test_a_run_leaves_every_file(run):
 
 
 def test_pictures_show_the_held_out_images_as_often_as_they_are_evaluated(run):
-    assert {path.stem for path in (run / "pictures").iterdir()} == {"curves", *(f"step_{k:08d}" for k in (0, 6, 12))}
+    names = {"blocks", "curves", *(f"step_{k:08d}" for k in (0, 6, 12))}
+    assert {path.stem for path in (run / "pictures").iterdir()} == names
     for path in (run / "pictures").iterdir():
         with Image.open(path) as picture:
             assert np.asarray(picture).std() > 1 and picture.width > picture.height  # 5 columns, 2 rows
