@@ -1,5 +1,7 @@
 """Devices and processes: start them, let them agree, and let signals stop them together. The door to Fabric."""
 
+import atexit
+import gc
 import logging
 import signal
 from collections.abc import Callable, Iterator
@@ -46,7 +48,19 @@ def launch(devices: str | int, num_nodes: int, precision: Precision) -> Fabric:
         raise UserError(
             f"cannot use --devices {devices} --num_nodes {num_nodes}: {str(error).splitlines()[0]}"
         ) from error
+    if fabric.world_size > 1 and accelerator == "cpu":
+        atexit.register(_leave)  # for NCCL Fabric does it
     return fabric
+
+
+def _leave() -> None:
+    """End the process group while Python still runs.
+
+    Its threads drop Python's tensors after each collective; one that comes to it late, when the interpreter is already
+    going, ends the process with SIGABRT.
+    """
+    gc.collect()  # a model in a cycle would keep the group
+    torch.distributed.destroy_process_group()
 
 
 def best_precision() -> Precision:
