@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from mirl.analysis.cost import info
     from mirl.errors import UserError
+    from mirl.tasks.convert import Conversion, convert
     from mirl.tasks.embed import EmbedOptions, embed
     from mirl.tasks.evaluate import EvaluateOptions, evaluate
     from mirl.tasks.finetune import finetune
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from mirl.tasks.pretrain import pretrain
     from mirl.tasks.probe import ProbeOptions, probe
     from mirl.tasks.settings import Finetuning, Pretraining
+    from mirl.tasks.weights import load_autoencoder, load_encoder
 
 _HOMES = {
     "pretrain": "mirl.tasks.pretrain",
@@ -32,11 +34,16 @@ _HOMES = {
     "KNNOptions": "mirl.tasks.knn",
     "embed": "mirl.tasks.embed",
     "EmbedOptions": "mirl.tasks.embed",
+    "convert": "mirl.tasks.convert",
+    "Conversion": "mirl.tasks.convert",
+    "load_encoder": "mirl.tasks.weights",
+    "load_autoencoder": "mirl.tasks.weights",
     "info": "mirl.analysis.cost",
     "UserError": "mirl.errors",
 }
-__all__ = ["EmbedOptions", "EvaluateOptions", "Finetuning", "KNNOptions", "Pretraining", "ProbeOptions", "UserError",
-           "__version__", "embed", "evaluate", "finetune", "info", "knn", "pretrain", "probe"]  # fmt: skip
+__all__ = ["Conversion", "EmbedOptions", "EvaluateOptions", "Finetuning", "KNNOptions", "Pretraining", "ProbeOptions",
+           "UserError", "__version__", "convert", "embed", "evaluate", "finetune", "info", "knn", "load_autoencoder",
+           "load_encoder", "pretrain", "probe"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ COMMANDS = {
     "probe": ("mirl.tasks.probe:probe", "linear classifier on frozen features"),
     "knn": ("mirl.tasks.knn:knn", "nearest neighbours on frozen features"),
     "embed": ("mirl.tasks.embed:embed", "write features of a folder of images"),
+    "convert": ("mirl.tasks.convert:convert", "take weights in and out: timm, Hugging Face, ONNX, official files"),
     "info": ("mirl.analysis.cost:info", "print a model's parameters and cost"),
 }
 

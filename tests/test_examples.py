@@ -1,5 +1,6 @@
 """The examples run and learn, and what the run and the README tell users to type works."""
 
+import inspect
 import re
 import runpy
 import shlex
@@ -10,6 +11,7 @@ import pytest
 
 import mirl
 from mirl.cli import COMMANDS
+from mirl.formats.paddle import ADMITTED
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text()
@@ -42,6 +44,7 @@ def test_the_readmes_commands_options_and_files_exist():
         *(mirl.ProbeOptions, mirl.KNNOptions, mirl.EmbedOptions),
     )
     options = {f"--{field.name}" for kind in commands_options for field in fields(kind)} | {"--config", "--help"}
+    options |= {f"--{name}" for name in inspect.signature(mirl.convert).parameters}
     commands = re.findall(r"mirl (\w+)((?: [^\s`]+)*)", "\n".join(re.findall(r"`[^`]+`|^    .*$", README, re.M)))
     given = {command for command, _ in commands if command in COMMANDS}
     assert given == set(COMMANDS)
@@ -57,3 +60,20 @@ def test_the_readmes_commands_options_and_files_exist():
 def test_the_readmes_tree_names_every_part_of_the_package():
     parts = {path.name for path in (REPOSITORY / "mirl").iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert [part for part in sorted(parts) if f"      {part}/" not in README] == []
+
+
+def test_the_examples_of_loading_weights_run(tiny, tmp_path, capsys):
+    run = mirl.pretrain(**tiny, out=str(tmp_path / "run"))
+    capsys.readouterr()
+    examples = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "converting.md").read_text(), re.S)
+    for code in examples:
+        exec(code.replace('"RUN"', repr(str(run))), {})
+    assert capsys.readouterr().out.splitlines() == [
+        "torch.Size([2, 192]) torch.Size([2, 145, 192])",
+        "2 torch.Size([2, 12, 192])",
+    ]
+
+
+def test_the_names_that_the_unpickler_admits_are_documented():
+    documented = re.findall(r"^\| `([\w.]+)` \|", (REPOSITORY / "docs" / "converting.md").read_text(), re.M)
+    assert [name for name in documented if "." in name] == [*ADMITTED, "_codecs.encode"]

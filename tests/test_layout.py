@@ -12,8 +12,9 @@ LAYERS = [
     ["mirl.methods", "mirl.models.patches", "mirl.models.masking"],
     ["mirl.models", "mirl.objectives"],
     ["mirl.data", "mirl.training", "mirl.heads"],
+    ["mirl.formats"],
     ["mirl.tasks"],
-    ["mirl.analysis", "mirl.convert"],
+    ["mirl.analysis"],
     ["mirl.cli", "mirl"],
 ]
 DOORS = {

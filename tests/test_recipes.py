@@ -6,10 +6,8 @@ import pytest
 import torch
 import yaml
 
-from mirl.models.autoencoder import build_autoencoder
 from mirl.models.encoder import build_encoder, parse_model
-from mirl.tasks.pretrain import decoder_shape, method_of
-from mirl.tasks.settings import Finetuning, Pretraining, resolve, resolve_finetuning
+from mirl.tasks.settings import Finetuning, Pretraining, autoencoder_of, resolve, resolve_finetuning
 from mirl.training.optimizers import adamw
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").rglob("*.yaml"))
@@ -49,13 +47,9 @@ def test_a_recipe_says_what_it_is_and_builds(path):
         assert resolve_finetuning(Finetuning(**options), **sizes, **MACHINE).epochs == options["epochs"]
         return
     settings = resolve(Pretraining(**options), shorter_side=256, **MACHINE)
-    method = method_of(settings)
     with torch.device("meta"):
-        model = build_autoencoder(
-            settings.model, method, decoder_shape(settings, method), image_size=settings.image_size,
-            patch_size=settings.patch_size, channels=settings.channels,
-        )  # fmt: skip
-    assert len(model.encoder.blocks) == method.depth
+        model = autoencoder_of(settings)
+    assert len(model.encoder.blocks) == model.method.depth == parse_model(settings.model)[2]
 
 
 def test_official_recipes_choose_what_the_official_code_does():

@@ -12,13 +12,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mirl.models.autoencoder import Autoencoder, build_autoencoder
+from mirl.models.autoencoder import Autoencoder
 from mirl.models.encoder import embed_visible, parse_model, run_segments
 from mirl.models.masking import split
-from mirl.models.patches import Size
-from mirl.tasks.options import pair
-from mirl.tasks.pretrain import decoder_shape, method_of
-from mirl.tasks.settings import Resolved, default_patch
+from mirl.models.patches import Size, pair
+from mirl.tasks.settings import Resolved, autoencoder_of, default_patch
 
 LINEAR = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution, torch.ops.aten.convolution_backward}
 
@@ -120,12 +118,8 @@ def info(
         model=model, method=method, segments=segments, image_size=pair(image_size),
         patch_size=pair(patch_size or default_patch(image_size)), channels=channels, mask_ratio=mask_ratio,
     )  # fmt: skip
-    chosen = method_of(settings)
-    shape = decoder_shape(settings, chosen)
     with torch.device("meta"):
-        autoencoder = build_autoencoder(
-            model, chosen, shape, image_size=settings.image_size, patch_size=settings.patch_size, channels=channels
-        )
+        autoencoder = autoencoder_of(settings)
         encoder, step = autoencoder.encoder, step_cost(autoencoder, mask_ratio)
         parameters, trained = parameter_count(encoder), parameter_count(autoencoder)
         encoder.reset_classifier(classes)
@@ -133,13 +127,14 @@ def info(
             parameters, parameter_count(encoder), encoder_cost(encoder, settings.image_size, channels), trained, step
         )
     width, heads, depth = parse_model(model)
+    decoders, shape = len(autoencoder.decoders), autoencoder.shape
     (height, across), patch = settings.image_size, settings.patch_size
     million, giga = (lambda n: f"{n / 1e6:.1f} M"), (lambda n: f"{n / 1e9:.2f} G")
     print(f"""\
 {model}: {depth} blocks, width {width}, {heads} heads, {height}x{across} px, patches of {patch[0]}x{patch[1]}
   parameters   {million(cost.parameters)}; {million(cost.parameters_with_head)} with a {classes}-class head
   forward      {giga(cost.encoder.linear)} multiply-adds an image; {giga(cost.encoder.total)} with attention products
-pre-training: {method}, {len(chosen.taps)} x {shape.depth} decoder blocks {shape.width} wide, {mask_ratio:.0%} masked
+pre-training: {method}, {decoders} x {shape.depth} decoder blocks {shape.width} wide, {mask_ratio:.0%} masked
   parameters   {million(cost.pretraining_parameters)}
   forward      {giga(step.encoder.total)} an image in the encoder, {giga(step.decoders.total)} in the decoders
   step         {giga(step.forward_and_backward.total)} an image, forward and backward""")

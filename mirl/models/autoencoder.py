@@ -47,8 +47,15 @@ class Autoencoder(nn.Module):
         if did and shape.did_memory == "embedded":
             self.embed_input = nn.Sequential(nn.LayerNorm(width, eps=NORM_EPS), nn.Linear(width, shape.width))
             initialise(self.embed_input)
-        positions = sincos_positions(shape.width, grid_size(self.image_size, self.patch_size))
-        self.register_buffer("positions", positions, persistent=False)
+        self.register_buffer("positions", self._fixed_positions(), persistent=False)
+
+    def _fixed_positions(self) -> Tensor:
+        return sincos_positions(self.shape.width, grid_size(self.image_size, self.patch_size))
+
+    def place(self, device: torch.device | str = "cpu") -> None:
+        """Compute the decoders' positions, which are no weights, on `device`: for a model built on the meta device."""
+        with torch.device(device):
+            self.positions = self._fixed_positions()
 
     def forward(self, patches: Tensor, visible: Tensor, masked: Tensor, *, all_patches: bool = False) -> list[Tensor]:
         """Predict the masked patches from the visible ones, once per decoder.

@@ -1,7 +1,7 @@
 """The encoder: timm's own VisionTransformer at any depth, run on visible patches only.
 
 Because the module *is* timm's, its weights open in timm unchanged; nothing here subclasses or patches it.
-Names are `vit_{ti,s,b,l}_{depth}`.
+Names are `vit_{ti,s,b,l}_{depth}`, or `vit_{width}x{heads}_{depth}` for other forms.
 """
 
 import re
@@ -23,17 +23,26 @@ WIDTHS = {"ti": (192, 3), "s": (384, 12), "b": (768, 12), "l": (1024, 16)}
 
 
 def parse_model(name: str) -> tuple[int, int, int]:
-    """Read (width, heads, depth) from a model's name, e.g. `vit_s_54` -> (384, 12, 54). Paper: Table 1."""
-    match = re.fullmatch(rf"vit_({'|'.join(WIDTHS)})_([1-9]\d*)", name)
+    """Read (width, heads, depth) from a model's name, e.g. `vit_s_54` -> (384, 12, 54). Paper: Table 1.
+
+    Other forms are named by their numbers: `vit_512x8_24` is 512 wide with 8 heads.
+    """
+    match = re.fullmatch(rf"vit_({'|'.join(WIDTHS)}|([1-9]\d*)x([1-9]\d*))_([1-9]\d*)", name)
     if not match:
-        raise UserError(f"unknown model '{name}'; use vit_{{{','.join(WIDTHS)}}}_DEPTH, e.g. vit_s_54 or vit_b_24")
-    return *WIDTHS[match[1]], int(match[2])
+        raise UserError(
+            f"unknown model '{name}'; use vit_{{{','.join(WIDTHS)}}}_DEPTH or vit_WIDTHxHEADS_DEPTH, e.g. vit_s_54 or "
+            "vit_512x8_24"
+        )
+    width, heads = WIDTHS.get(match[1]) or (int(match[2]), int(match[3]))
+    if width % heads or width % 4:  # heads share the width, and positions take it in quarters
+        raise UserError(f"model '{name}': give a width that 4 and the heads divide, e.g. vit_512x8_24")
+    return width, heads, int(match[4])
 
 
 def model_name(width: int, heads: int, depth: int) -> str:
-    """Return the name of a model, the inverse of `parse_model`; a description where it has none."""
-    size = next((name for name, form in WIDTHS.items() if form == (width, heads)), None)
-    return f"vit_{size}_{depth}" if size else f"ViT of {depth} blocks, width {width}, {heads} heads"
+    """Return the name of a model, the inverse of `parse_model`."""
+    size = next((name for name, form in WIDTHS.items() if form == (width, heads)), f"{width}x{heads}")
+    return f"vit_{size}_{depth}"
 
 
 def check_sizes(image_size: Size, patch_size: Size) -> None:

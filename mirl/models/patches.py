@@ -4,10 +4,17 @@ Symbols: b batch, c channels, h and w pixels, n patches = (h / ph) * (w / pw), p
 A patch is flattened as (row, column, channel), the order of the official code and of MAE.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 Size = tuple[int, int]
+
+
+def pair(size: int | Sequence[int]) -> Size:
+    """Read a size given as one number or as (height, width)."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def grid_size(image_size: Size, patch_size: Size) -> Size:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from typing import Any
+from pathlib import Path
 
 from safetensors.torch import save_file
 from timm.models import VisionTransformer, save_for_hf
@@ -11,9 +11,10 @@ from mirl.data.transforms import channel_statistics
 from mirl.models.autoencoder import Autoencoder
 from mirl.models.encoder import ARCHITECTURE, parse_model, timm_arguments
 from mirl.models.patches import Size
+from mirl.models.weights import Weights
+from mirl.tasks.card import model_card
 from mirl.tasks.options import ResolvedRun
 from mirl.tasks.settings import Resolved
-from mirl.tasks.weights import Weights
 from mirl.training.checkpoints import atomic
 from mirl.training.runs import RunFolder
 
@@ -21,16 +22,12 @@ from mirl.training.runs import RunFolder
 def export(model: Autoencoder, settings: Resolved, saved: ResolvedRun, run: RunFolder) -> None:
     """Write `encoder/`, which timm opens, and `autoencoder.safetensors`, which holds the decoders too."""
     encoder, channels = model.encoder, settings.channels
-    mean, deviation = channel_statistics(channels)
+    heads = encoder.blocks[0].attn.num_heads
     arguments = timm_arguments(
-        encoder.embed_dim,
-        encoder.blocks[0].attn.num_heads,
-        len(encoder.blocks),
-        model.image_size,
-        model.patch_size,
-        channels,
-    )
-    _write(encoder, ARCHITECTURE, arguments, {"mean": mean, "std": deviation}, run)
+        encoder.embed_dim, heads, len(encoder.blocks), model.image_size, model.patch_size, channels
+    )  # fmt: skip
+    weights = Weights(ARCHITECTURE, arguments, encoder.state_dict(), *channel_statistics(channels))
+    _replace(run, encoder, weights)
     state = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
     with atomic(run.autoencoder) as temporary:
         save_file(state, temporary, metadata={"format": "pt", "mirl": json.dumps(saved.saved())})
@@ -42,25 +39,38 @@ def export_classifier(
     """Write a fine-tuned classifier to `encoder/`, which timm opens, with the names of its classes."""
     arguments = weights.arguments | {
         "depth": len(model.blocks), "img_size": list(image_size), "patch_size": list(model.patch_embed.patch_size),
-        "num_classes": len(classes), "global_pool": "avg", "fc_norm": True,
+        "num_classes": len(classes), "global_pool": model.global_pool, "fc_norm": model.global_pool == "avg",
     }  # fmt: skip
-    known = {"mean": weights.mean, "std": weights.deviation, "label_names": list(classes)}
-    _write(model, weights.architecture, arguments, known, run)
+    trained = Weights(
+        weights.architecture, arguments, model.state_dict(), weights.mean, weights.deviation, tuple(classes)
+    )
+    _replace(run, model, trained)
 
 
-def _write(
-    model: VisionTransformer, architecture: str, arguments: dict[str, Any], known: dict[str, Any], run: RunFolder
-) -> None:
-    model.pretrained_cfg = {
-        "architecture": architecture, "input_size": (arguments["in_chans"], *model.patch_embed.img_size),
-        "fixed_input_size": True, "interpolation": "bicubic", "crop_pct": 1.0, "num_classes": arguments["num_classes"],
-        "first_conv": "patch_embed.proj", "classifier": "head", **known,
-    }  # fmt: skip
+def _replace(run: RunFolder, model: VisionTransformer, weights: Weights) -> None:
     fresh = run.encoder.with_name("encoder.tmp")
     shutil.rmtree(fresh, ignore_errors=True)
-    save_for_hf(model, str(fresh), model_args=arguments, safe_serialization=True)
+    write_encoder(model, weights, fresh, model_card(weights, run.path, "timm"))
     shutil.rmtree(run.encoder, ignore_errors=True)
     fresh.rename(run.encoder)
+
+
+def write_encoder(model: VisionTransformer, weights: Weights, folder: Path, card: str) -> None:
+    """Write `model`, built from `weights`, as a folder that timm and transformers open; `card` is its README.md."""
+    arguments = {name: value for name, value in weights.arguments.items() if name != "num_classes"}
+    model.pretrained_cfg = {
+        "architecture": weights.architecture, "input_size": (weights.channels, *weights.image_size),
+        "fixed_input_size": True, "interpolation": "bicubic", "crop_pct": 1.0, "num_classes": len(weights.classes),
+        "first_conv": "patch_embed.proj", "classifier": "head", "mean": weights.mean, "std": weights.deviation,
+        **({"label_names": list(weights.classes)} if weights.classes else {}),
+    }  # fmt: skip
+    save_for_hf(model, str(folder), model_args=arguments, safe_serialization=True)
+    # For transformers, which passes num_classes itself, and looks for the names of classes at the top.
+    config = json.loads((folder / "config.json").read_text())
+    config["model_args"].pop("num_classes", None)
+    config |= {"label_names": list(weights.classes)} if weights.classes else {}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "README.md").write_text(card)
 
 
 def how_to_classify(run: RunFolder, image_size: Size, channels: int, classes: int) -> str:

@@ -22,7 +22,8 @@ from mirl.data.loading import Batch, LabelledImages, Views, load
 from mirl.data.transforms import fixed_view, standardise
 from mirl.errors import UserError
 from mirl.models.encoder import check_sizes
-from mirl.tasks.options import COUNT, NOT_NEGATIVE, Options, Ranges, available_cores, default_workers, pair
+from mirl.models.patches import pair
+from mirl.tasks.options import COUNT, NOT_NEGATIVE, Options, Ranges, available_cores, default_workers
 from mirl.tasks.weights import Weights, open_weights
 from mirl.training.runs import console
 

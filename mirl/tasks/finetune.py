@@ -202,6 +202,7 @@ class FinetuneTask(RunnableTask[Batch]):
         s, w = self.settings, self.weights
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
         notes = []
+        pooled = "mean over patches" if s.pool == "mean" else "class token"
         if s.untrained:
             notes.append("nothing of the weights is used but their form (--untrained)")
         if s.depth != w.depth:
@@ -220,7 +221,8 @@ class FinetuneTask(RunnableTask[Batch]):
         return [
             f"data      {s.data}: {len(self.train)} images to train on, {len(self.val)} to test, "
             f"{len(self.classes)} classes",
-            f"model     {s.weights}: ViT of {s.depth} blocks with a fresh head ({parameters:.1f} M parameters)",
+            f"model     {s.weights}: ViT of {s.depth} blocks with a fresh head on the {pooled} "
+            f"({parameters:.1f} M parameters)",
             f"input     {height}x{width} px, patches of {patch_height}x{patch_width}, {w.channels} channels",
             f"recipe    {s.epochs} epochs of {steps} steps · batch {s.batch_size} · peak rate {peak_rate(s):.2g} after "
             f"{s.warmup_epochs:.3g} epochs · layer decay {s.layer_decay:g} · drop path {s.drop_path:g} · seed {s.seed}",
@@ -249,17 +251,23 @@ class FinetuneTask(RunnableTask[Batch]):
 
 
 def build_classifier(settings: ResolvedFinetuning, weights: Weights, classes: int) -> VisionTransformer:
-    """Build the model to fine-tune: mean over patches, then a fresh norm and head; drop path. Paper: Sec. 4."""
+    """Build the model to fine-tune: mean over patches, then a fresh norm and head; drop path. Paper: Sec. 4.
+
+    With `pool` cls the head reads the class token after the encoder's own norm instead.
+    """
+    pooled = settings.pool == "mean"
     changes: dict[str, Any] = {
-        "num_classes": classes, "depth": settings.depth, "img_size": settings.image_size, "global_pool": "avg",
-        "patch_size": settings.patch_size, "drop_path_rate": settings.drop_path, "fc_norm": True,
+        "num_classes": classes, "depth": settings.depth, "img_size": settings.image_size,
+        "patch_size": settings.patch_size, "drop_path_rate": settings.drop_path,
+        "global_pool": "avg" if pooled else "token", "fc_norm": pooled,
     }  # fmt: skip
     build = partial(weights.build, seed=settings.seed, **changes)
     model = build(trained=not settings.untrained)
     if settings.reinit_last:
         fresh = build(trained=False)
         model.blocks[-settings.reinit_last :].load_state_dict(fresh.blocks[-settings.reinit_last :].state_dict())
-    model.fc_norm.reset_parameters()
+    if pooled:
+        model.fc_norm.reset_parameters()
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         nn.init.trunc_normal_(model.head.weight, std=HEAD_DEVIATION)

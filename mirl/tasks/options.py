@@ -3,12 +3,13 @@
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from mirl.errors import UserError
+from mirl.models.patches import pair
 
 Precision = Literal["32", "bf16", "16"]
 
@@ -123,11 +124,6 @@ def default_folder(data: str, otherwise: str) -> Path:
     """Return runs/ and the name of the data."""
     name = Path(data).stem if "*" not in data else otherwise
     return Path("runs") / (name.replace(":", "-") or otherwise)
-
-
-def pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """Read a size given as one number or as (height, width)."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 Run = TypeVar("Run", bound=RunOptions)

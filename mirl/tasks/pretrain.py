@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -16,18 +17,18 @@ from mirl.data.loading import MaskedBatch, MaskedImages, collate
 from mirl.data.sources import Source, open_source
 from mirl.data.transforms import fixed_view, normalise, training_view
 from mirl.errors import UserError
-from mirl.methods import Method, mae, mirl
-from mirl.models.autoencoder import Autoencoder, build_autoencoder
-from mirl.models.decoder import DecoderShape
-from mirl.models.encoder import check_sizes, parse_model
+from mirl.models.autoencoder import Autoencoder
+from mirl.models.encoder import check_sizes
 from mirl.models.masking import split, visible_count
 from mirl.models.patches import gather, grid_size, patchify
+from mirl.models.weights import AutoencoderWeights, Weights
 from mirl.objectives.pixels import pixel_target, reconstruction_loss
 from mirl.tasks.blocks import BlockMonitor
 from mirl.tasks.export import export, how_to_use
 from mirl.tasks.options import ResolvedRun, built_in, resumed
 from mirl.tasks.run import RunnableTask, carry_out
-from mirl.tasks.settings import Pretraining, Resolved, resolve
+from mirl.tasks.settings import Pretraining, Resolved, autoencoder_of, idle_options, resolve
+from mirl.tasks.warm_start import open_start, start_from
 from mirl.training import processes
 from mirl.training.monitors import Monitor
 from mirl.training.optimizers import adamw
@@ -56,6 +57,9 @@ def pretrain(**options: Any) -> Path:
     if settings.resume:
         settings = resumed(settings, read_config(settings.run_folder))
     precision = settings.precision if settings.precision != "auto" else processes.best_precision()
+    start = open_start(settings)
+    if start and not settings.model:
+        settings = replace(settings, model=start.name if isinstance(start, Weights) else start.settings["model"])
     source = open_source(settings.data, channels=settings.channels, download=settings.download)
     training, held_out = split_off_held_out(len(source))
     fabric = processes.launch(settings.devices, settings.num_nodes, precision)
@@ -65,7 +69,7 @@ def pretrain(**options: Any) -> Path:
             devices=fabric.world_size, precision=precision,
         )  # fmt: skip
         torch.manual_seed(settings.seed)
-        task = PretrainTask(settings, source, training, held_out)
+        task = PretrainTask(settings, source, training, held_out, start)
         run = RunFolder(
             settings.run_folder, resume=settings.resume, overwrite=settings.overwrite, writes=fabric.is_global_zero
         )
@@ -79,21 +83,30 @@ class PretrainTask(RunnableTask[MaskedBatch]):
     Args:
         settings: resolved.
         training, held_out: indices into `source` of images to learn from, and of images never trained on.
+        start: weights to start from.
+
+    Raises:
+        UserError: if sizes do not fit each other or the weights.
     """
 
     model: Autoencoder
 
-    def __init__(self, settings: Resolved, source: Source, training: np.ndarray, held_out: np.ndarray) -> None:
+    def __init__(
+        self,
+        settings: Resolved,
+        source: Source,
+        training: np.ndarray,
+        held_out: np.ndarray,
+        start: Weights | AutoencoderWeights | None = None,
+    ) -> None:
         self.settings, self.source, self.samples = settings, source, len(source)
         self.image_size, self.patch_size = settings.image_size, settings.patch_size
         check_sizes(self.image_size, self.patch_size)
         self.patches = math.prod(grid_size(self.image_size, self.patch_size))
         visible_count(self.patches, settings.mask_ratio)
-        self.method = method_of(settings)
-        self.model = build_autoencoder(
-            settings.model, self.method, decoder_shape(settings, self.method), image_size=self.image_size,
-            patch_size=self.patch_size, channels=settings.channels,
-        )  # fmt: skip
+        self.model = autoencoder_of(settings)
+        self.method = self.model.method
+        self.started = start_from(start, self.model, settings.channels) if start else []
         view = training_view(self.image_size, settings.min_crop, settings.flip)
         self.training = self.masked_images(training, view, TRAINING)
         # The same views and masks in every run of this data, whatever its seed, so that losses compare.
@@ -190,6 +203,7 @@ class PretrainTask(RunnableTask[MaskedBatch]):
             f"{s.mask_ratio:.0%} of {self.patches} patches masked",
             f"recipe    {s.epochs} epochs of {steps} steps · batch {s.batch_size} · peak rate {peak_rate(s):.2g} after "
             f"{s.warmup_epochs:.3g} epochs, {s.schedule} schedule · seed {s.seed}",
+            *(f"weights   {line}" for line in self.started),
             *(f"warning: --{name} has no effect without cross-attention" for name in idle_options(s, method)),
         ]
 
@@ -199,40 +213,12 @@ class PretrainTask(RunnableTask[MaskedBatch]):
         run.say(how_to_use(run, self.settings))
 
 
-def method_of(settings: Resolved) -> Method:
-    """Build the method that the settings name."""
-    depth = parse_model(settings.model)[2]
-    if settings.method == "mae":
-        if settings.segments not in (None, 1) or settings.taps:
-            raise UserError("--segments and --taps belong to mirl; mae has one decoder after the last block")
-        return mae(depth)
-    return mirl(depth, settings.segments, taps=settings.taps, context=settings.context)
-
-
 def open_read_out(settings: Resolved) -> tuple[LabelledSource, LabelledSource] | None:
     """Open the images on which blocks are read out: --labelled, or the built-in shapes themselves."""
     data = settings.labelled or (settings.data if built_in(settings.data) else None)
     if data is None:
         return None
     return open_split(data, channels=settings.channels, val_fraction=READ_OUT_SHARE if is_one_folder(data) else None)
-
-
-def decoder_shape(settings: Resolved, method: Method) -> DecoderShape:
-    """Choose the decoders' form: the encoder's width (at most 512), 2 blocks (4 for a single decoder), 32 a head."""
-    width = settings.decoder_width or min(512, parse_model(settings.model)[0])
-    heads = settings.decoder_heads or max(1, width // 32)
-    if width % heads or width % 4:
-        raise UserError(
-            f"--decoder_width {width} with --decoder_heads {heads}: give a width that 4 and the heads divide"
-        )
-    depth = settings.decoder_depth or (2 if len(method.taps) > 1 else 4)
-    return DecoderShape(width, depth, heads, settings.did_blocks, settings.did_memory, settings.weight_norm)
-
-
-def idle_options(settings: Resolved, method: Method) -> list[str]:
-    """Name options that were given and that this method does not read."""
-    given = {"did_blocks": settings.did_blocks != "first", "did_memory": settings.did_memory != "raw"}
-    return [name for name, changed in given.items() if changed and method.context == "none"]
 
 
 def split_off_held_out(count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mirl.errors import UserError
+from mirl.methods import Method, mae, mirl
+from mirl.models.autoencoder import Autoencoder, build_autoencoder
+from mirl.models.decoder import DecoderShape
+from mirl.models.encoder import parse_model
+from mirl.models.patches import pair
 from mirl.tasks.options import (
     COUNT,
     FRACTION,
@@ -21,7 +27,6 @@ from mirl.tasks.options import (
     RunOptions,
     built_in,
     default_folder,
-    pair,
     resolve_run,
 )
 
@@ -44,8 +49,11 @@ class _Pretraining:
     download: bool = False
     """let torchvision download a data set given by name"""
 
+    weights: str | None = None
+    """start from these: run folder, official checkpoint of MIRL or MAE, timm name, Hugging Face folder or file"""
     model: str | None = None
-    """vit_{ti,s,b,l}_DEPTH, e.g. vit_s_54; by default vit_s_54 on a GPU with 50,000 images or more, else vit_ti_12"""
+    """vit_{ti,s,b,l}_DEPTH or vit_WIDTHxHEADS_DEPTH, e.g. vit_s_54; by default that of --weights, else vit_s_54 on a
+    GPU with 50,000 images or more, else vit_ti_12"""
     method: Literal["mirl", "mae"] = "mirl"
     """masked image residual learning, or the plain masked autoencoder"""
     segments: int | None = None
@@ -130,12 +138,14 @@ class Resolved(ResolvedRun, Pretraining):
 @dataclass(frozen=True)
 class _Finetuning:
     weights: str | None = None
-    """run folder, its encoder/, a .safetensors file that a run wrote, or a timm name"""
+    """run folder, official checkpoint, timm name, or what else `mirl convert` reads"""
     data: str = "shapes"
     """class folders: train/ with val/ or test/, or one folder with --val_fraction; or `shapes`"""
     val_fraction: float | None = None
     """share of each class to test on, where --data has no train/ and val/ or test/"""
 
+    pool: Literal["mean", "cls"] = "mean"
+    """what the head reads: the mean over patches (MAE, MIRL), or the class token (which Hugging Face's ViT does)"""
     untrained: bool = False
     """fresh weights in place of the trained ones: what pre-training must beat"""
     depth: int | None = None
@@ -286,3 +296,40 @@ def default_patch(image_size: int | Sequence[int]) -> int:
     """Return the patch size that goes with an image size: 4 to 48 px, 8 to 96 px, else 16."""
     side = min(pair(image_size))
     return 4 if side <= 48 else 8 if side <= 96 else 16
+
+
+def autoencoder_of(settings: Resolved) -> Autoencoder:
+    """Build the autoencoder that the settings describe, with fresh weights."""
+    method = method_of(settings)
+    return build_autoencoder(
+        settings.model, method, decoder_shape(settings, method), image_size=pair(settings.image_size),
+        patch_size=pair(settings.patch_size), channels=settings.channels,
+    )  # fmt: skip
+
+
+def method_of(settings: Resolved) -> Method:
+    """Build the method that the settings name."""
+    depth = parse_model(settings.model)[2]
+    if settings.method == "mae":
+        if settings.segments not in (None, 1) or settings.taps:
+            raise UserError("--segments and --taps belong to mirl; mae has one decoder after the last block")
+        return mae(depth)
+    return mirl(depth, settings.segments, taps=settings.taps, context=settings.context)
+
+
+def decoder_shape(settings: Resolved, method: Method) -> DecoderShape:
+    """Choose the decoders' form: the encoder's width (at most 512), 2 blocks (4 for a single decoder), 32 a head."""
+    width = settings.decoder_width or min(512, parse_model(settings.model)[0])
+    heads = settings.decoder_heads or max(1, width // 32)
+    if width % heads or width % 4:
+        raise UserError(
+            f"--decoder_width {width} with --decoder_heads {heads}: give a width that 4 and the heads divide"
+        )
+    depth = settings.decoder_depth or (2 if len(method.taps) > 1 else 4)
+    return DecoderShape(width, depth, heads, settings.did_blocks, settings.did_memory, settings.weight_norm)
+
+
+def idle_options(settings: Resolved, method: Method) -> list[str]:
+    """Name options that were given and that this method does not read."""
+    given = {"did_blocks": settings.did_blocks != "first", "did_memory": settings.did_memory != "raw"}
+    return [name for name, changed in given.items() if changed and method.context == "none"]

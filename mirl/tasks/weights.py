@@ -1,9 +1,9 @@
-"""What `--weights` accepts: a run folder, its `encoder/`, a safetensors file that a run wrote, or a timm name."""
+"""What `--weights` accepts: our runs, the official checkpoints of MIRL and MAE, timm's and Hugging Face's models."""
 
 import json
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,179 +11,340 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from timm.layers import PatchEmbed, resample_abs_pos_embed, resample_patch_embed
+from timm.layers import PatchEmbed
 from timm.models import VisionTransformer
 from torch import Tensor
 
 from mirl.data.transforms import channel_statistics
 from mirl.errors import UserError
-from mirl.models.encoder import ARCHITECTURE, initialise_encoder, model_name, parse_model, timm_arguments
-from mirl.models.patches import Size
-from mirl.tasks.options import pair
+from mirl.formats import graphs, huggingface, official_mae, official_mirl
+from mirl.formats.paddle import read_checkpoint
+from mirl.formats.renaming import fit, split
+from mirl.formats.shapes import Heads, encoder_arguments
+from mirl.models.autoencoder import Autoencoder
+from mirl.models.encoder import ARCHITECTURE, parse_model, timm_arguments
+from mirl.models.patches import pair
+from mirl.models.weights import AutoencoderWeights, State, Weights, depth_of
+from mirl.tasks.settings import Resolved, autoencoder_of
 from mirl.training.checkpoints import load_newest
 from mirl.training.runs import read_config
 
-ALLOWED = "a run folder, its encoder/, a .safetensors file that a run wrote, or the name of a timm ViT"
+ALLOWED = (
+    "a run folder, its encoder/, a file that mirl wrote, an official MIRL (.pd) or MAE (.pth) checkpoint, a folder of "
+    "Hugging Face's ViT or ViTMAE, or the name of a timm ViT"
+)
+TIMM_HEADS = {192: 3, 768: 12, 1024: 16, 1280: 16}  # 384 is 6 in timm and 12 in the paper: it must be said
 
-State = dict[str, Tensor]
+PADDLE, PYTORCH = (".pd", ".pdparams"), (".pth", ".pt", ".bin")  # what files of tensors end in
 
-
-@dataclass(frozen=True)
-class Weights:
-    """Trained weights of a ViT and what builds the model they belong to.
-
-    Attributes:
-        architecture, arguments: timm's name and arguments.
-        state: tensors by timm's names.
-        mean, deviation: by which images in 0..1 are normalised, one number per channel.
-        classes: names of the classes of its head; empty if it has none.
-    """
-
-    architecture: str
-    arguments: dict[str, Any]
-    state: State
-    mean: tuple[float, ...]
-    deviation: tuple[float, ...]
-    classes: tuple[str, ...] = ()
-
-    @property
-    def image_size(self) -> Size:
-        """Height and width of the images it was trained on, in pixels."""
-        return pair(self.arguments["img_size"])
-
-    @property
-    def patch_size(self) -> Size:
-        """Height and width of a patch, in pixels."""
-        return pair(self.arguments["patch_size"])
-
-    @property
-    def channels(self) -> int:
-        """Channels of its images."""
-        return int(self.arguments["in_chans"])
-
-    @property
-    def depth(self) -> int:
-        """Number of trained blocks."""
-        return _depth(self.state)
-
-    @property
-    def name(self) -> str:
-        """The model's name, such as vit_s_54."""
-        return model_name(self.arguments["embed_dim"], self.arguments["num_heads"], self.depth)
-
-    def build(self, *, trained: bool = True, seed: int = 0, **changes: Any) -> VisionTransformer:
-        """Build the model with these weights; positions and patch embedding are resampled to other sizes.
-
-        Layers that the weights do not have (a head, a norm after pooling, deeper blocks) keep their first values, and
-        weights of layers that the model does not have are left out.
-
-        Args:
-            trained: False leaves every weight as it was before training, drawn from `seed`.
-            changes: arguments of timm that differ, e.g. `num_classes`, `depth`, `img_size`.
-        """
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model: VisionTransformer = timm.create_model(
-                self.architecture, pretrained=False, **(self.arguments | {"depth": self.depth} | changes)
-            )
-            if self.architecture == ARCHITECTURE:  # our own; others keep timm's
-                initialise_encoder(model)
-        if trained:
-            state = self._resampled(model)
-            if changes.get("num_classes", self.arguments["num_classes"]) != self.arguments["num_classes"]:
-                state = {name: value for name, value in state.items() if not name.startswith("head.")}
-            model.load_state_dict(state, strict=False)
-        return model.eval()
-
-    def _resampled(self, model: VisionTransformer) -> State:
-        """Return the weights with patch embedding and positions as the sizes of `model` need them."""
-        # Not timm's own filter: it takes for a square whatever grid the positions lie on.
-        state = dict(self.state)
-        name = "patch_embed.proj.weight"
-        state[name] = resample_patch_embed(state[name], list(model.patch_embed.patch_size))
-        if "pos_embed" in state:
-            state["pos_embed"] = resample_abs_pos_embed(
-                state["pos_embed"],
-                new_size=list(model.patch_embed.grid_size),
-                old_size=[i // p for i, p in zip(self.image_size, self.patch_size, strict=True)],
-                num_prefix_tokens=0 if model.no_embed_class else model.num_prefix_tokens,
-            )
-        return state
+Say = Callable[[str], None]
 
 
-def open_weights(weights: str, *, say: Callable[[str], None] = print) -> Weights:
-    """Open what `--weights` names.
+def open_weights(weights: str, *, say: Say = print, heads: Heads | None = None) -> Weights:
+    """Open the encoder, or the classifier, that `--weights` names.
 
     Args:
-        weights: see the module.
+        weights: see `open_checkpoint`.
         say: is told what was chosen among several, e.g. the newest checkpoint of an unfinished run.
+        heads: where a bare file's shapes do not tell them.
 
     Raises:
         UserError: if there is nothing like that, or it holds no encoder.
     """
+    opened = open_checkpoint(weights, say=say, heads=heads)
+    return encoder_of(opened) if isinstance(opened, AutoencoderWeights) else opened
+
+
+def open_autoencoder(weights: str, *, say: Say = print, heads: Heads | None = None) -> AutoencoderWeights:
+    """Open the encoder with its decoders that `weights` names; see `open_checkpoint`.
+
+    Raises:
+        UserError: if there is nothing like that, or it has no decoders.
+    """
+    opened = open_checkpoint(weights, say=say, heads=heads, decoders=True)
+    if isinstance(opened, Weights):
+        raise UserError(f"{weights} holds an encoder without decoders; give the run folder that pre-training left")
+    return opened
+
+
+def open_checkpoint(
+    weights: str,
+    *,
+    say: Say = print,
+    heads: Heads | None = None,
+    taps: Sequence[int] | None = None,
+    decoders: bool = False,
+) -> Weights | AutoencoderWeights:
+    """Open everything that a file or folder holds.
+
+    Args:
+        weights: a run folder or its encoder/; a .safetensors, .onnx or .pt2 that mirl wrote; an official checkpoint of
+            MIRL (.pd) or MAE (.pth), with or without decoders; a folder of Hugging Face's ViTModel,
+            ViTForImageClassification or ViTMAEForPreTraining; a timm name, also as timm:NAME; a file of tensors by
+            timm's names.
+        say: is told what was chosen.
+        heads: where a bare file's shapes do not tell them; taps: where an official MIRL's segments are unequal.
+        decoders: prefer a run's autoencoder to its encoder, which holds the same.
+
+    Raises:
+        UserError: if there is nothing like that.
+    """
+    heads = heads or Heads()
     path = Path(weights).expanduser()
     if path.is_file():
-        return _from_file(path)
+        return _from_file(path, heads, taps, say)
     if path.is_dir():
+        if decoders and (path / "autoencoder.safetensors").exists():
+            return _from_file(path / "autoencoder.safetensors", heads, taps, say)
         folder = path / "encoder" if (path / "encoder").is_dir() else path
         if (folder / "config.json").exists():
-            return _from_encoder_folder(folder)
+            return _from_folder(folder)
         if (path / "config.yaml").exists():
-            return _from_checkpoint(path, say)
+            return _from_unfinished(path, say)
         raise UserError(f"{weights} holds no encoder; give {ALLOWED}")
-    if timm.is_model(weights.partition(".")[0]):
-        return _from_timm(weights)
+    name = weights.removeprefix("timm:")
+    if timm.is_model(name.partition(".")[0]):
+        return _from_timm(name)
     raise UserError(f"'{weights}' is neither a file, a folder nor the name of a timm model; give {ALLOWED}")
 
 
-def _from_encoder_folder(folder: Path) -> Weights:
+def encoder_of(weights: AutoencoderWeights) -> Weights:
+    """Take the encoder out of an autoencoder; its tensors are shared."""
+    prefix, settings = "encoder.", weights.settings
+    state = {name.removeprefix(prefix): value for name, value in weights.state.items() if name.startswith(prefix)}
+    width, heads, _ = parse_model(settings["model"])
+    arguments = timm_arguments(
+        width, heads, depth_of(state), pair(settings["image_size"]), pair(settings["patch_size"]), settings["channels"]
+    )
+    return Weights(ARCHITECTURE, arguments, state, *channel_statistics(settings["channels"]))
+
+
+def build_autoencoder(weights: AutoencoderWeights) -> Autoencoder:
+    """Build the autoencoder with these weights, whose memory it shares, in evaluation mode."""
+    with torch.device("meta"):
+        model = autoencoder_of(Resolved(**weights.settings))
+    model.load_state_dict(fit(dict(weights.state), model.state_dict()), assign=True)
+    model.place()
+    return model.eval()
+
+
+def load_encoder(
+    weights: str, *, image_size: int | tuple[int, int] | None = None, heads: int | None = None, **changes: Any
+) -> VisionTransformer:
+    """Return a timm model with trained weights, in evaluation mode: images [b, c, h, w] to features [b, d].
+
+    Args:
+        weights: a run folder, an official checkpoint, a timm name or what else `--weights` accepts.
+        image_size: pixels, one number or (height, width); by default as trained, else positions are resampled.
+        heads: of the attention, where a bare file's shapes do not tell them.
+        changes: arguments of timm's ViT, e.g. `num_classes=10` for a fresh head, `depth=12` for the first 12 blocks,
+            `drop_path_rate=0.1`, `patch_size=8` (resampled too), `global_pool=""` for all tokens.
+
+    Images are normalised as `mirl.load_encoder(...).pretrained_cfg` says: its "mean" and "std" of images in 0..1.
+
+    Raises:
+        UserError: if `weights` holds no encoder, or the sizes do not fit.
+    """
+    opened = open_weights(weights, heads=Heads(heads))
+    if image_size is not None:
+        changes["img_size"] = pair(image_size)
+    model = opened.build(**changes)
+    model.pretrained_cfg = {"mean": opened.mean, "std": opened.deviation, "label_names": opened.classes}
+    return model
+
+
+def load_autoencoder(weights: str) -> Autoencoder:
+    """Return a pre-trained encoder with its decoders, in evaluation mode.
+
+    It maps (patches [b, n, p], visible [b, v], masked [b, m]) to one prediction [b, m, p] per decoder.
+
+    Args:
+        weights: a run folder, its autoencoder.safetensors, an official MIRL or MAE checkpoint, or a ViTMAE's folder.
+
+    Raises:
+        UserError: if `weights` holds no decoders.
+    """
+    return build_autoencoder(open_autoencoder(weights))
+
+
+def _from_folder(folder: Path) -> Weights | AutoencoderWeights:
     try:
         config = json.loads((folder / "config.json").read_text())
-        cfg = config["pretrained_cfg"]
         state = load_file(folder / "model.safetensors")
-        for name, expected in _plain_vit(config["architecture"], **config["model_args"]).state_dict().items():
+        if not isinstance(config, dict):
+            raise ValueError("config.json is no table of settings")
+        if config.get("model_type") in ("vit", "vit_mae"):
+            return _from_hugging_face(folder, config, state)
+        cfg = config["pretrained_cfg"]
+        arguments = {"num_classes": config.get("num_classes", 0)} | config.get("model_args", {})
+        model = _plain_vit(config["architecture"], **arguments)
+        arguments = _form(model) | arguments
+        for name, expected in model.state_dict().items():
             if name not in state or state[name].shape != expected.shape:
                 raise ValueError(f"{name} is missing or has another shape")
         return Weights(
-            config["architecture"], config["model_args"], state, tuple(cfg["mean"]), tuple(cfg["std"]),
+            config["architecture"], arguments, state, tuple(cfg["mean"]), tuple(cfg["std"]),
             tuple(cfg.get("label_names", ())),
         )  # fmt: skip
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be read as an encoder ({_first_line(error)}); give {ALLOWED}") from error
 
 
-def _from_file(path: Path) -> Weights:
+def _from_hugging_face(folder: Path, config: dict[str, Any], state: State) -> Weights | AutoencoderWeights:
+    if config["model_type"] == "vit_mae" and "decoder.mask_token" in state:
+        autoencoder = huggingface.from_vit_mae(config, state)
+        with torch.device("meta"):
+            fit(autoencoder.state, autoencoder_of(Resolved(**autoencoder.settings)).state_dict())
+        return autoencoder
+    seen = folder / "preprocessor_config.json"
+    normalised = json.loads(seen.read_text()) if seen.exists() else {}
+    mean, deviation = channel_statistics(config.get("num_channels", 3))
+    weights = huggingface.from_vit(
+        config, state, tuple(normalised.get("image_mean", mean)), tuple(normalised.get("image_std", deviation))
+    )
+    parse_model(weights.name)  # says what is wrong with width and heads
+    fit(weights.state, _plain_vit(weights.architecture, **weights.arguments).state_dict())
+    return weights
+
+
+def _from_file(path: Path, heads: Heads, taps: Sequence[int] | None, say: Say) -> Weights | AutoencoderWeights:
     if path.name == "model.safetensors" and (path.parent / "config.json").exists():
-        return _from_encoder_folder(path.parent)
+        return _from_folder(path.parent)
+    if path.suffix == ".onnx":
+        return _described(path, *graphs.read_onnx(path))
+    if path.suffix == ".pt2":
+        return _described(path, *graphs.read_exported(path))
+    if path.suffix in PADDLE:
+        return _from_paddle(path, heads, taps)
     try:
+        if path.suffix in PYTORCH:
+            return _from_bare(path, load_pytorch(path), heads, say)
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-        if "mirl" in metadata:
-            return _from_autoencoder(json.loads(metadata["mirl"]), load_file(path))
+        state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({_first_line(error)}); give {ALLOWED}") from error
-    raise UserError(f"{path} does not say which model it is of; give {ALLOWED}")
+    if "mirl" not in metadata:
+        return _from_bare(path, state, heads, say)
+    try:
+        return _described(path, json.loads(metadata["mirl"]), state)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} cannot be read: what it says of its model is cut short") from error
 
 
-def _from_checkpoint(run: Path, say: Callable[[str], None]) -> Weights:
+def about(weights: Weights | AutoencoderWeights) -> dict[str, Any]:
+    """Return what a file of tensors says about them, so that `open_checkpoint` knows what to build."""
+    if isinstance(weights, AutoencoderWeights):
+        return weights.settings
+    return {
+        "architecture": weights.architecture, "arguments": weights.arguments, "mean": weights.mean,
+        "deviation": weights.deviation, "classes": weights.classes,
+    }  # fmt: skip
+
+
+def _described(path: Path, about: dict[str, Any], state: State) -> Weights | AutoencoderWeights:
+    """Return what a file says its tensors are, once they are found to be that."""
+    try:
+        with torch.device("meta"):
+            if "architecture" not in about:
+                return AutoencoderWeights(about, fit(state, autoencoder_of(Resolved(**about)).state_dict()))
+            own = _plain_vit(about["architecture"], **about["arguments"]).state_dict()
+        lists = (tuple(about[name]) for name in ("mean", "deviation", "classes"))
+        return Weights(about["architecture"], about["arguments"], fit(state, own), *lists)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:  # UserError is a ValueError
+        raise UserError(f"{path} is not the model that it says ({_first_line(error)}); write it again") from error
+
+
+def _from_unfinished(run: Path, say: Say) -> AutoencoderWeights:
     state = load_newest(run / "checkpoints", say)
     settings = read_config(run)
     if state is None or "method" not in settings:
         remedy = f"finish it with mirl pretrain --out {run} --resume" if "method" in settings else "finish it first"
         raise UserError(f"{run} holds no encoder yet; {remedy}")
     say(f"{run} is not finished: using its checkpoint of step {state['step']}")
-    return _from_autoencoder(settings, state["model"])
+    return AutoencoderWeights(settings, state["model"])
 
 
-def _from_autoencoder(settings: dict[str, Any], state: State) -> Weights:
-    """Take the encoder out of an autoencoder's weights and the settings of its run."""
-    prefix = "encoder."
-    encoder = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    width, heads, _ = parse_model(settings["model"])
-    arguments = timm_arguments(
-        width, heads, _depth(encoder), pair(settings["image_size"]), pair(settings["patch_size"]), settings["channels"]
-    )
-    return Weights(ARCHITECTURE, arguments, encoder, *channel_statistics(settings["channels"]))
+def _from_paddle(path: Path, heads: Heads, taps: Sequence[int] | None) -> Weights | AutoencoderWeights:
+    tensors = read_checkpoint(path)
+    with _naming(path):
+        if "mask_token0" in tensors:
+            settings = official_mirl.settings_of(tensors, heads, taps)
+            return _renamed(settings, tensors, official_mirl.names_of, "decoder_pos_embed", transposed=True)
+        return _bare(tensors, heads, official_mirl.ENCODER_HEADS, transposed=True)
+
+
+def _from_bare(path: Path, tensors: State, heads: Heads, say: Say) -> Weights | AutoencoderWeights:
+    """Tell MAE's checkpoints, with or without decoder, from other tensors by timm's names."""
+    with _naming(path):
+        if "mask_token" in tensors and "decoder_embed.weight" in tensors:
+            settings = official_mae.settings_of(tensors, heads)
+            return _renamed(settings, tensors, official_mae.names_of, "decoder_pos_embed", transposed=False)
+        weights = _bare(tensors, heads, TIMM_HEADS, transposed=False)
+    if heads.encoder is None:
+        say(f"{path} does not tell its attention heads: taken for {weights.arguments['num_heads']}")
+    return weights
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the file before what is wrong with its tensors."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _renamed(
+    settings: dict[str, Any],
+    tensors: MutableMapping[str, Tensor],
+    names_of: Callable[[Autoencoder], Mapping[str, tuple[str, ...]]],
+    computed: str,
+    *,
+    transposed: bool,
+) -> AutoencoderWeights:
+    with torch.device("meta"):
+        model = autoencoder_of(Resolved(**settings))
+    for name in [name for name in tensors if name.startswith(computed)]:
+        del tensors[name]
+    names = names_of(model)
+    state = split(tensors, names, transposed=transposed)
+    if tensors:
+        raise UserError(f"the checkpoint's '{min(tensors)}' (and {len(tensors) - 1} more) has no place in this model")
+    return AutoencoderWeights(settings, fit(state, model.state_dict()))
+
+
+def _bare(tensors: MutableMapping[str, Tensor], heads: Heads, known: Mapping[int, int], *, transposed: bool) -> Weights:
+    """Return an encoder or classifier whose tensors have timm's names, without word of what model it is."""
+    arguments = encoder_arguments(tensors, heads, known)
+    state = split(tensors, {name: (name,) for name in tensors}, transposed=transposed)
+    with torch.device("meta"):
+        own = timm.create_model(ARCHITECTURE, pretrained=False, **arguments).state_dict()
+    classes = tuple(str(i) for i in range(arguments["num_classes"]))
+    return Weights(ARCHITECTURE, arguments, fit(state, own), *channel_statistics(arguments["in_chans"]), classes)
+
+
+def load_pytorch(path: Path) -> State:
+    """Read the tensors of a .pth file, which may hold them as `model` or `state_dict` beside other things."""
+    import argparse
+
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # MAE's trainer saves its options too
+            zipped = zipfile.is_zipfile(path)  # as all since PyTorch 1.6; older files cannot be mapped
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # a damaged file may end in any way
+        raise UserError(f"{path} is no PyTorch file of plain tensors ({_first_line(error)}); give {ALLOWED}") from error
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) and value.nbytes <= value.untyped_storage().nbytes()
+        for name, value in content.items()
+    ):
+        raise UserError(f"{path} holds no model of named tensors; give {ALLOWED}")
+    return {name: value.float() for name, value in content.items()}
 
 
 def _from_timm(name: str) -> Weights:
@@ -195,13 +356,18 @@ def _from_timm(name: str) -> Weights:
         model = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # the hub's, the network's and timm's own errors
         raise UserError(f"timm cannot fetch the weights of {name}: {_first_line(error)}") from error
-    arguments = {
-        "embed_dim": model.embed_dim, "num_heads": model.blocks[0].attn.num_heads, "num_classes": 0,
+    arguments = _form(model) | {"num_classes": 0}
+    cfg = model.pretrained_cfg
+    return Weights(name.partition(".")[0], arguments, model.state_dict(), tuple(cfg["mean"]), tuple(cfg["std"]))
+
+
+def _form(model: VisionTransformer) -> dict[str, Any]:
+    """Return the arguments of timm that a name alone leaves unsaid."""
+    return {
+        "embed_dim": model.embed_dim, "num_heads": model.blocks[0].attn.num_heads,
         "img_size": list(model.patch_embed.img_size), "patch_size": list(model.patch_embed.patch_size),
         "in_chans": model.patch_embed.proj.in_channels,
     }  # fmt: skip
-    cfg = model.pretrained_cfg
-    return Weights(name.partition(".")[0], arguments, model.state_dict(), tuple(cfg["mean"]), tuple(cfg["std"]))
 
 
 def _plain_vit(architecture: str, **arguments: Any) -> VisionTransformer:
@@ -211,10 +377,6 @@ def _plain_vit(architecture: str, **arguments: Any) -> VisionTransformer:
     if not (isinstance(model, VisionTransformer) and isinstance(model.patch_embed, PatchEmbed)):
         raise ValueError(f"{architecture} is a {type(model).__name__}, not a plain ViT")
     return model
-
-
-def _depth(state: State) -> int:
-    return 1 + max(int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name)))
 
 
 def _first_line(error: Exception) -> str:

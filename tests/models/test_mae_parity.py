@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from mirl.formats.huggingface import decoder_names, encoder_names
+from mirl.formats.renaming import join
 from mirl.methods import mae
 from mirl.models.autoencoder import Autoencoder
 from mirl.models.decoder import DecoderShape
@@ -14,47 +17,23 @@ from mirl.objectives.pixels import pixel_target, reconstruction_loss
 transformers = pytest.importorskip("transformers", reason="transformers, the reference, is not installed")
 
 
-def renamed(theirs: dict[str, torch.Tensor], depth: int, decoder_depth: int) -> dict[str, torch.Tensor]:
-    """Return our autoencoder's state dict from Hugging Face's."""
-    parts = {
-        "vit.embeddings.cls_token": "encoder.cls_token",
-        "vit.embeddings.position_embeddings": "encoder.pos_embed",
-        "decoder.mask_token": "decoders.0.mask_token",
-    }
-    modules = {
-        "vit.embeddings.patch_embeddings.projection": "encoder.patch_embed.proj",
-        "vit.layernorm": "encoder.norm",
-        "decoder.decoder_embed": "decoders.0.embed",
-        "decoder.decoder_norm": "decoders.0.norm",
-        "decoder.decoder_pred": "decoders.0.predict",
-    }
-    ours = {}
-    for side, count, block, names in (
-        ("vit.layers", depth, "encoder.blocks", ("norm1", "norm2", "attn.proj")),
-        (
-            "decoder.decoder_layers",
-            decoder_depth,
-            "decoders.0.blocks",
-            ("norm_self", "norm_mlp", "self_attention.proj"),
-        ),
-    ):
-        for i in range(count):
-            own = ("layernorm_before", "layernorm_after", "attention.o_proj")
-            modules |= {f"{side}.{i}.{a}": f"{block}.{i}.{b}" for a, b in zip(own, names, strict=True)}
-            modules |= {f"{side}.{i}.mlp.fc{k}": f"{block}.{i}.mlp.fc{k}" for k in (1, 2)}
-            for kind in ("weight", "bias"):
-                q, k, v = (theirs[f"{side}.{i}.attention.{x}_proj.{kind}"] for x in "qkv")
-                if side == "vit.layers":
-                    ours[f"{block}.{i}.attn.qkv.{kind}"] = torch.cat([q, k, v])
-                else:
-                    ours[f"{block}.{i}.self_attention.q.{kind}"] = q
-                    ours[f"{block}.{i}.self_attention.kv.{kind}"] = torch.cat([k, v])
-    parts |= {f"{a}.{kind}": f"{b}.{kind}" for a, b in modules.items() for kind in ("weight", "bias")}
-    return ours | {b: theirs[a] for a, b in parts.items()}
+def opened(reference, folder):
+    """Return our autoencoder with the weights that Hugging Face's saves, and its decoder's positions."""
+    reference.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name.replace("decoder_encoder.layer.", "decoder_layers."): value for name, value in tensors.items()}
+    state = {}
+    for prefix, names in (("encoder", encoder_names(3, prefix="vit.")), ("decoders.0", decoder_names(2))):
+        state |= {f"{prefix}.{name}": value for name, value in join(tensors, names).items()}
+    assert set(tensors) <= {"decoder.decoder_pos_embed"}
+    model = Autoencoder(build_encoder(48, 4, 3, (32, 32), (8, 8), 3), mae(3), DecoderShape(32, 2, 4))
+    model.load_state_dict(state)
+    model.positions = reference.decoder.decoder_pos_embed[0, 1:]  # fixed too, but with other axes first
+    return model
 
 
 @pytest.mark.parametrize("normalised", [True, False])
-def test_loss_and_gradients_equal_hugging_faces(normalised):
+def test_loss_and_gradients_equal_hugging_faces(normalised, tmp_path):
     torch.manual_seed(0)
     config = transformers.ViTMAEConfig(
         hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=192, image_size=32, patch_size=8,
@@ -66,9 +45,7 @@ def test_loss_and_gradients_equal_hugging_faces(normalised):
         for parameter in reference.parameters():
             if parameter.requires_grad:
                 parameter.normal_(std=0.1)
-    model = Autoencoder(build_encoder(48, 4, 3, (32, 32), (8, 8), 3), mae(3), DecoderShape(32, 2, 4))
-    model.load_state_dict(renamed(reference.state_dict(), 3, 2))
-    model.positions = reference.decoder.decoder_pos_embed[0, 1:]  # fixed too, but with other axes first
+    model = opened(reference, tmp_path)
 
     images, noise = torch.randn(4, 3, 32, 32), torch.rand(4, 16)
     expected = reference(images, noise=noise).loss

@@ -18,11 +18,10 @@ from mirl.cli import main
 from mirl.data.loading import collate
 from mirl.data.sources import open_source
 from mirl.data.transforms import normalise
-from mirl.models.autoencoder import build_autoencoder
 from mirl.models.patches import gather, patchify
 from mirl.objectives.pixels import pixel_target, reconstruction_loss
-from mirl.tasks.pretrain import PretrainTask, decoder_shape, method_of, split_off_held_out
-from mirl.tasks.settings import Pretraining, Resolved, resolve
+from mirl.tasks.pretrain import PretrainTask, split_off_held_out
+from mirl.tasks.settings import Pretraining, Resolved, autoencoder_of, resolve
 from mirl.training.pictures import panels
 
 
@@ -39,12 +38,7 @@ def run(tiny, folder):
 
 def autoencoder(run):
     """Build the run's autoencoder from its files alone."""
-    saved = yaml.safe_load((run / "config.yaml").read_text())
-    settings = Resolved(**saved)
-    model = build_autoencoder(
-        settings.model, method_of(settings), decoder_shape(settings, method_of(settings)),
-        image_size=tuple(settings.image_size), patch_size=tuple(settings.patch_size), channels=settings.channels,
-    )  # fmt: skip
+    model = autoencoder_of(Resolved(**yaml.safe_load((run / "config.yaml").read_text())))
     model.load_state_dict(weights(run))
     return model.eval()
 

@@ -154,7 +154,7 @@ def test_a_timm_name_is_timms_model(hub, name, tag):
         torch.testing.assert_close(weights.build()(images), expected, atol=1e-5, rtol=0)
     assert (weights.image_size, weights.patch_size, weights.mean) == ((160, 160), (16, 16), (0.5, 0.5, 0.5))
     assert weights.depth == len(model.blocks)
-    assert weights.name == f"ViT of {weights.depth} blocks, width 64, 2 heads"
+    assert weights.name == f"vit_64x2_{weights.depth}"
     assert get_pretrained_cfg(f"{name}.r160_in1k").file  # the weights came from there
 
 
@@ -211,7 +211,10 @@ def test_a_file_without_its_model_is_one_line(copy):
     assert re.search(r"autoencoder.safetensors cannot be read \(.+\); give", mistake(copy / "autoencoder.safetensors"))
     assert re.search(r"config.yaml cannot be read \(.+\); give", mistake(copy / "config.yaml"))
     lonely = shutil.copy(copy / "encoder" / "model.safetensors", copy.parent / "model.safetensors")
-    assert f"{lonely} does not say which model it is of; give" in mistake(lonely)
+    open_weights(lonely, say=(said := []).append)
+    assert said == [f"{lonely} does not tell its attention heads: taken for 3"]
+    save_file({"x": torch.zeros(1)}, lonely)
+    assert mistake(lonely) == f"{lonely}: the file holds no ViT that is known here: it lacks 'cls_token'"
 
 
 def test_weights_that_lack_a_tensor_are_refused(copy):

@@ -1,0 +1,106 @@
+"""The model card that goes with weights: what they are, how to open them, how they were trained, with what result."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mirl.models.weights import AutoencoderWeights, Weights
+
+RECIPE = (
+    *("method", "segments", "taps", "epochs", "batch_size", "base_lr", "warmup_epochs", "schedule", "mask_ratio"),
+    *("layer_decay", "drop_path", "mixup", "cutmix", "ema", "weight_decay", "seed"),
+)
+OPEN = {
+    "timm": """
+import timm
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()   # from the hub: "hf-hub:OWNER/NAME"
+""",
+    "huggingface": """
+import transformers
+model = transformers.AUTO.from_pretrained("FOLDER")   # from the hub: "OWNER/NAME"
+""",
+}
+
+
+def run_of(path: Path) -> Path | None:
+    """Return the run folder that `path` is or lies in, if any."""
+    folders = (path, *path.absolute().parents[:2])
+    return next((f for f in folders if (f / "config.yaml").is_file() and (f / "log.txt").is_file()), None)
+
+
+def model_card(weights: Weights | AutoencoderWeights, run: Path | None, kind: str) -> str:
+    """Return the text of README.md; recipe and figures are those of `run`, where there is one."""
+    config = _read(run / "config.yaml", yaml.safe_load) if run else {}
+    config = config or (weights.settings if isinstance(weights, AutoencoderWeights) else {})
+    classes = weights.classes if isinstance(weights, Weights) else ()
+    library = "timm" if kind == "timm" else "transformers"
+    header = {
+        "library_name": library,
+        "pipeline_tag": "image-classification" if classes else "image-feature-extraction",
+        "tags": ["mirl", library, "masked-image-modeling"],
+    }
+    auto = "AutoModelForPreTraining" if kind == "huggingface_mae" else "AutoModel"
+    auto = "AutoModelForImageClassification" if classes else auto
+    code = OPEN["timm" if kind == "timm" else "huggingface"].replace("AUTO", auto)
+    sections = [
+        "---\n" + yaml.safe_dump(header, sort_keys=False) + "---",
+        f"# {_title(weights)}",
+        f"```python{code}```",
+        "## Input\n\n" + _input(weights),
+        *(["## Classes\n\n" + ", ".join(classes)] if classes else []),
+        "## Training\n\n" + (_training(config) or "Not known: these weights came without the folder of their run."),
+        *(["## Figures\n\n" + figures] if run and (figures := _figures(run)) else []),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _title(weights: Weights | AutoencoderWeights) -> str:
+    if isinstance(weights, AutoencoderWeights):
+        return f"{weights.settings['model']}, pre-trained with its decoders ({weights.settings['method']})"
+    return f"{weights.name}, {f'classifier of {len(weights.classes)} classes' if weights.classes else 'encoder'}"
+
+
+def _input(weights: Weights | AutoencoderWeights) -> str:
+    if isinstance(weights, AutoencoderWeights):
+        size, patch, channels = (weights.settings[name] for name in ("image_size", "patch_size", "channels"))
+        return f"{size[0]}x{size[1]} px, patches of {patch[0]}x{patch[1]}, {channels} channels."
+    (height, width), patch = weights.image_size, weights.patch_size
+    mean, deviation = ([round(float(x), 4) for x in values] for values in (weights.mean, weights.deviation))
+    return (
+        f"{height}x{width} px, patches of {patch[0]}x{patch[1]}, {weights.channels} channels in 0..1, "
+        f"normalised by mean {mean} and deviation {deviation}."
+    )
+
+
+def _training(config: dict[str, Any]) -> str:
+    """Return a table of the recipe. Of the data only the last part of their path: a card is for others to read."""
+    data = {"data": Path(str(config["data"])).name} if "data" in config else {}
+    rows = data | {name: config[name] for name in RECIPE if config.get(name) is not None}
+    if not rows:
+        return ""
+    lines = [f"| {name} | {value} |" for name, value in rows.items()]
+    return "\n".join(["| option | value |", "| --- | --- |", *lines])
+
+
+def _figures(run: Path) -> str:
+    lines = []
+    metrics = run / "metrics.jsonl"
+    written = metrics.read_text().splitlines() if metrics.exists() else []
+    rows = [json.loads(line) for line in written if line.endswith("}")]  # a kill may have cut the last line short
+    held_out = [row for row in rows if row["kind"] == "held_out" and row.get("loss") is not None]
+    if held_out:
+        first, last = held_out[0], held_out[-1]
+        lines.append(
+            f"Held-out loss: {first['loss']:.4g} before training, {last['loss']:.4g} after {last['step']} steps."
+        )
+    for name, result in (_read(run / "results.json", json.loads) or {}).items():
+        if isinstance(result, dict) and "top1" in result:
+            low, high = result["interval"]
+            lines.append(f"Top-1 accuracy ({name}): {result['top1']:.2%} (95 % interval {low:.2%} to {high:.2%}).")
+    return "\n\n".join(lines)
+
+
+def _read(path: Path, parse: Any) -> dict[str, Any]:
+    return dict(parse(path.read_text()) or {}) if path.is_file() else {}

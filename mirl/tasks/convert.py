@@ -1,0 +1,256 @@
+"""`mirl convert`: weights from one format to another, checked by running both sides on the same images."""
+
+import ctypes
+import gc
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.nn.utils.parametrize import remove_parametrizations
+
+from mirl.errors import UserError
+from mirl.formats.paddle import read_checkpoint
+from mirl.formats.reference import Reference
+from mirl.formats.shapes import Heads
+from mirl.models.autoencoder import Autoencoder
+from mirl.models.masking import split
+from mirl.models.weights import AutoencoderWeights, Weights
+from mirl.tasks.card import model_card, run_of
+from mirl.tasks.destinations import DESTINATIONS, Outputs, mask_noise, model_of, outputs
+from mirl.tasks.settings import Resolved, autoencoder_of
+from mirl.tasks.weights import PADDLE, PYTORCH, build_autoencoder, encoder_of, load_pytorch, open_checkpoint
+from mirl.training.runs import console
+
+Kind = Literal["timm", "huggingface", "huggingface_mae", "safetensors", "onnx", "torch_export"]
+TOLERANCE = 1e-4  # of the largest output; float32 sums in another order differ by about 1e-6
+IMAGES = 3  # shown to both sides; graphs are traced with 2, so that a fixed batch size would show
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `mirl convert` wrote, and how well both sides agree.
+
+    Attributes:
+        path: the file or folder.
+        difference: largest absolute difference between outputs of the source's model and of what was written.
+        source_difference: the same between an official file's own tensors and the source's model; None for others.
+        scale: largest absolute output, to which the differences relate.
+    """
+
+    path: Path
+    difference: float
+    source_difference: float | None
+    scale: float
+
+
+def convert(
+    source: str,
+    destination: str,
+    to: Kind = "timm",
+    *,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+    taps: list[int] | None = None,
+    fold_weight_norm: bool = False,
+    push_to_hub: str | None = None,
+    public: bool = False,
+    overwrite: bool = False,
+) -> Conversion:
+    """Convert weights to another format, and check it by running both sides on the same images.
+
+    Args:
+        source: run folder, official checkpoint of MIRL (.pd) or MAE (.pth), timm name, Hugging Face folder or file
+        destination: folder for timm and huggingface, else file
+        to: timm or huggingface: the encoder or classifier; huggingface_mae: ViTMAEForPreTraining, of MAE only;
+            safetensors: everything, decoders too, in one file that mirl reads; onnx or torch_export: a graph
+        heads: of the encoder's attention, where a file of tensors does not tell them
+        decoder_heads: of the decoders' attention, likewise
+        taps: blocks after which an official MIRL's decoders read; by default segments are equal
+        fold_weight_norm: turn weight-normalised predictions into plain ones that compute the same
+        push_to_hub: OWNER/NAME on the Hugging Face hub, where the folder is uploaded too
+        public: let the world see what is uploaded
+        overwrite: replace what is at the destination
+
+    Raises:
+        UserError: if the source cannot be read, the destination's format cannot hold it, or the two sides disagree.
+    """
+    kind, path = DESTINATIONS[to], Path(destination).expanduser()
+    if push_to_hub and kind.suffix:
+        folders = ", ".join(name for name, each in DESTINATIONS.items() if not each.suffix)
+        raise UserError(f"--push_to_hub uploads a folder; give --to {folders}")
+    if kind.suffix and path.suffix != kind.suffix:
+        raise UserError(f"--to {to} writes a file; give a destination that ends in {kind.suffix}")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists; add --overwrite, or give another destination")
+    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
+        raise UserError(f"{path} is not a model's folder, and --overwrite would delete it; give another destination")
+
+    opened = open_checkpoint(source, say=_say, heads=Heads(heads, decoder_heads), taps=taps, decoders=kind.decoders)
+    if to == "huggingface_mae" and isinstance(opened, Weights):
+        raise UserError(f"{source} has no decoder; give the run folder of mirl pretrain --method mae")
+    images = torch.randn(IMAGES, *_input_shape(opened), generator=torch.Generator().manual_seed(0))
+    _say(f"source   {source}: {_describe(opened)}")
+
+    source_difference = None
+    if official := _official_outputs(Path(source).expanduser(), opened, images):
+        source_difference, scale = _difference(outputs(model_of(opened), images), official)
+        _agree(source_difference, scale, f"{source} and the model read from it")
+        _say(f"checked  the file's own tensors against this model: largest difference {source_difference:.1e}")
+        del official
+        _release_memory()
+    weights = encoder_of(opened) if isinstance(opened, AutoencoderWeights) and not kind.decoders else opened
+    expected = outputs(model_of(weights), images)
+    if fold_weight_norm:
+        weights = _folded(weights)
+    classifies = isinstance(weights, Weights) and bool(weights.classes)
+    card = model_card(weights, run_of(Path(source).expanduser()), to)
+    with _staged(path) as fresh:
+        try:
+            kind.write(weights, model_of(weights), fresh, images[:2], card)
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk can be any of them
+            raise UserError(f"cannot write {path}: {_reason(error)}; give another destination") from error
+        del opened, weights
+        _release_memory()  # it holds one side at a time
+        difference, scale = _difference(expected, kind.open(fresh, classifies)(images))
+        _agree(difference, scale, f"{source} and what was written as {to}")
+    _say(f"written  {path} ({_size(path) / 1e6:.1f} MB{', ' if kind.note else ''}{kind.note})")
+    _say(f"checked  {path} as {to} against the source: largest difference {difference:.1e} of {scale:.2g}")
+    if push_to_hub:
+        push(path, push_to_hub, public=public)
+    return Conversion(path, difference, source_difference, scale)
+
+
+def push(folder: Path, name: str, *, public: bool = False) -> str:
+    """Upload a folder to the Hugging Face hub as the model OWNER/NAME, made if missing; return its address.
+
+    Raises:
+        UserError: if the hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        hub = HfApi()
+        hub.create_repo(name, private=not public, exist_ok=True)
+        address = str(hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Add weights"))
+    except (OSError, ValueError, HTTPError) as error:  # the hub's own errors, and what lies below: no connection
+        raise UserError(
+            f"cannot upload to {name} ({_reason(error)}); {folder} is written; log in with hf auth login"
+        ) from error
+    _say(f"uploaded {address}")
+    return address
+
+
+def _release_memory() -> None:
+    """Give freed memory back to the system: glibc would keep it, in pieces too small for what comes next."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # other systems' libraries do so by themselves
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextmanager
+def _staged(path: Path) -> Iterator[Path]:
+    """Yield a path of the same name in a folder beside; what is there when the block ends well takes its place."""
+    folder = path.with_name(f".unfinished-{path.name}")
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {_reason(error)}; give another destination") from error
+    try:
+        yield folder / path.name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        for part in folder.iterdir():  # a large ONNX has two
+            os.replace(part, path.with_name(part.name))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@torch.no_grad()
+def _official_outputs(path: Path, weights: Weights | AutoencoderWeights, images: Tensor) -> Outputs | None:
+    """Run an official checkpoint's own tensors, without our models; None if `path` is none."""
+    if path.suffix in PADDLE and path.is_file():
+        tensors: Mapping[str, Tensor] = read_checkpoint(path)
+    elif path.suffix in PYTORCH and path.is_file():
+        tensors = load_pytorch(path)
+    else:
+        return None
+    if isinstance(weights, Weights):
+        reference = Reference(tensors, weights.arguments["num_heads"], transposed=path.suffix in PADDLE)
+        return [reference.classify(images)]
+    model = _meta(weights)
+    reference = Reference(tensors, model.encoder.blocks[0].attn.num_heads, transposed=path.suffix in PADDLE)
+    visible, _ = split(mask_noise(images, len(model.positions)), 0.75)
+    if model.method.name == "mae":
+        return reference.mae(images, visible, model.shape.heads)
+    return reference.mirl(images, visible, model.shape.heads, model.method.taps)
+
+
+def _difference(a: Outputs, b: Outputs) -> tuple[float, float]:
+    """Return the largest absolute difference, and the largest absolute number of `a`."""
+    pairs = zip(a, b, strict=True)
+    return max(float((x - y).abs().max()) for x, y in pairs), max(float(x.abs().max()) for x in a)
+
+
+def _agree(difference: float, scale: float, what: str) -> None:
+    if not difference <= TOLERANCE * scale:
+        raise UserError(
+            f"{what} differ by {difference:.1e} in outputs of up to {scale:.2g}; nothing is written; please report it"
+        )
+
+
+def _folded(weights: Weights | AutoencoderWeights) -> Weights | AutoencoderWeights:
+    if isinstance(weights, Weights) or not weights.settings.get("weight_norm"):
+        raise UserError("there are no weight-normalised predictions to fold; leave out --fold_weight_norm")
+    model = build_autoencoder(weights)
+    for decoder in model.decoders:
+        remove_parametrizations(decoder.predict, "weight")  # type: ignore[arg-type]
+    return AutoencoderWeights(weights.settings | {"weight_norm": False}, model.state_dict())
+
+
+def _describe(weights: Weights | AutoencoderWeights) -> str:
+    encoder = encoder_of(weights) if isinstance(weights, AutoencoderWeights) else weights
+    (height, width), patch = encoder.image_size, encoder.patch_size
+    count = sum(value.numel() for value in weights.state.values()) / 1e6
+    parts = [f"{encoder.name}, {height}x{width} px, patches of {patch[0]}x{patch[1]}"]
+    if isinstance(weights, AutoencoderWeights):
+        model = _meta(weights)
+        taps = ", ".join(map(str, model.method.taps))
+        parts.append(f"{len(model.decoders)} decoders of {model.method.name} after blocks {taps}")
+    elif weights.classes:
+        parts.append(f"{len(weights.classes)} classes")
+    return ", ".join([*parts, f"{count:.1f} M numbers"])
+
+
+def _meta(weights: AutoencoderWeights) -> Autoencoder:
+    """Build the autoencoder without memory for its weights, to read its form."""
+    with torch.device("meta"):
+        return autoencoder_of(Resolved(**weights.settings))
+
+
+def _input_shape(weights: Weights | AutoencoderWeights) -> tuple[int, int, int]:
+    encoder = encoder_of(weights) if isinstance(weights, AutoencoderWeights) else weights
+    return encoder.channels, *encoder.image_size
+
+
+def _size(path: Path) -> int:
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.iterdir())
+    parts = (path, path.with_name(f"{path.name}.data"))  # the second: a large ONNX's tensors
+    return sum(part.stat().st_size for part in parts if part.exists())
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _say(line: str) -> None:
+    console.print(line, markup=False)
