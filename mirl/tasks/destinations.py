@@ -8,7 +8,6 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from mirl.models.patches import gather, patchify
 from mirl.models.weights import AutoencoderWeights, Weights
 from mirl.tasks.export import write_encoder
 from mirl.tasks.weights import about, build_autoencoder, encoder_of, open_checkpoint
+from mirl.training.checkpoints import save_tensors
 
 Outputs = list[Tensor]
 Run = Callable[[Tensor], Outputs]
@@ -72,7 +72,7 @@ def _write_timm(weights: Weights | AutoencoderWeights, model: nn.Module, path: P
 
 
 def _write_safetensors(weights: Weights | AutoencoderWeights, _: nn.Module, path: Path, *__: Any) -> None:
-    save_file(weights.state, path, metadata={"format": "pt", "mirl": json.dumps(about(weights))})
+    save_tensors(weights.state, path, mirl=json.dumps(about(weights)))
 
 
 def _write_onnx(weights: Weights | AutoencoderWeights, model: nn.Module, path: Path, example: Tensor, _: str) -> None:
@@ -102,7 +102,7 @@ def _write_hugging_face(
         "image_mean": list(seen.mean), "image_std": list(seen.deviation),
     }  # fmt: skip
     folder.mkdir()
-    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
     for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     (folder / "README.md").write_text(card)

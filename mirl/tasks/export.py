@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-from safetensors.torch import save_file
 from timm.models import VisionTransformer, save_for_hf
 
 from mirl.data.transforms import channel_statistics
@@ -15,7 +14,7 @@ from mirl.models.weights import Weights
 from mirl.tasks.card import model_card
 from mirl.tasks.options import ResolvedRun
 from mirl.tasks.settings import Resolved
-from mirl.training.checkpoints import atomic
+from mirl.training.checkpoints import atomic, save_tensors
 from mirl.training.runs import RunFolder
 
 
@@ -30,7 +29,7 @@ def export(model: Autoencoder, settings: Resolved, saved: ResolvedRun, run: RunF
     _replace(run, encoder, weights)
     state = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
     with atomic(run.autoencoder) as temporary:
-        save_file(state, temporary, metadata={"format": "pt", "mirl": json.dumps(saved.saved())})
+        save_tensors(state, temporary, mirl=json.dumps(saved.saved()))
 
 
 def export_classifier(
@@ -71,6 +70,7 @@ def write_encoder(model: VisionTransformer, weights: Weights, folder: Path, card
     config |= {"label_names": list(weights.classes)} if weights.classes else {}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "README.md").write_text(card)
+    shutil.copymode(folder / "README.md", folder / "model.safetensors")  # else its owner's alone
 
 
 def how_to_classify(run: RunFolder, image_size: Size, channels: int, classes: int) -> str:

@@ -242,7 +242,7 @@ def test_a_conversion_that_fails_half_way_leaves_what_was_there(runs, tmp_path, 
     def no_card(path, text):
         raise error
 
-    monkeypatch.setattr("mirl.tasks.destinations.save_file", half)
+    monkeypatch.setattr("mirl.training.checkpoints.save_file", half)
     monkeypatch.setattr("torch.onnx.ONNXProgram.save", half)
     monkeypatch.setattr("torch.export.save", half)
     monkeypatch.setattr("pathlib.Path.write_text", no_card)  # a folder's last file
@@ -266,7 +266,7 @@ def test_a_file_that_differs_is_reported(runs, tmp_path, monkeypatch, to):
         (name,) = [name for name in tensors if re.search(r"(layer|blocks)\.2\..*(fc1|intermediate\.dense)\.bias", name)]
         save_file(tensors | {name: tensors[name] + 0.01}, path, metadata=metadata)
 
-    monkeypatch.setattr("mirl.tasks.destinations.save_file", damaged)
+    monkeypatch.setattr("mirl.training.checkpoints.save_file", damaged)
     message = mistake(convert, str(runs("mirl")), str(written(tmp_path, to)), to)
     assert re.search(rf"and what was written as {to} differ by \d\.\de-\d\d in outputs of up to \d", message)
     assert list(tmp_path.glob("out*")) == [] == list(tmp_path.glob(".unfinished*"))
@@ -277,7 +277,7 @@ def test_a_file_of_not_a_number_is_reported(runs, tmp_path, monkeypatch):
         spoiled = {name: value * torch.nan if name.endswith("norm.bias") else value for name, value in tensors.items()}
         save_file(spoiled, path, metadata=metadata)
 
-    monkeypatch.setattr("mirl.tasks.destinations.save_file", damaged)
+    monkeypatch.setattr("mirl.training.checkpoints.save_file", damaged)
     message = mistake(convert, str(runs("mirl")), str(tmp_path / "out.safetensors"), "safetensors")
     assert "differ by nan" in message
 

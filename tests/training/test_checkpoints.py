@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from mirl.errors import UserError
-from mirl.training.checkpoints import KEEP, atomic, checkpoint_path, load_newest, save, saved_steps
+from mirl.training.checkpoints import KEEP, atomic, checkpoint_path, load_newest, save, save_tensors, saved_steps
 
 
 def state(step):
@@ -80,3 +81,11 @@ def test_an_unwritable_place_is_a_user_error(tmp_path):
     (tmp_path / "checkpoints").write_text("a file in the way")
     with pytest.raises(UserError, match=r"cannot save .*no checkpoint exists yet"):
         save(tmp_path / "checkpoints", 1, state(1))
+
+
+def test_tensors_are_readable_by_those_who_may_read_other_files(tmp_path):
+    (tmp_path / "other").touch()
+    save_tensors({"a": torch.ones(2)}, tmp_path / "a.safetensors", kind="test")
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "kind": "test"} and torch.equal(file.get_tensor("a"), torch.ones(2))
