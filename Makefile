@@ -17,8 +17,9 @@ demo: setup
 	$(BIN)/mirl pretrain --config recipes/pretrain/demo.yaml --out runs/demo --overwrite
 	$(BIN)/python examples/read_out.py runs/demo
 
+# A process for each core, each with one thread: more threads than cores make PyTorch ten times slower.
 test: setup
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 
 lint: setup
 	$(BIN)/ruff format --check

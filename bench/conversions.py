@@ -32,12 +32,9 @@ from mirl.formats import official_mae, official_mirl
 from mirl.formats.renaming import Names, join
 from mirl.models.autoencoder import Autoencoder
 from mirl.models.encoder import parse_model, timm_arguments
+from mirl.tasks.destinations import DESTINATIONS
 from mirl.tasks.settings import Resolved, autoencoder_of
 
-DESTINATIONS = {
-    "timm": "", "huggingface": "", "huggingface_mae": "", "safetensors": ".safetensors", "onnx": ".onnx",
-    "torch_export": ".pt2",
-}  # fmt: skip
 SIZES = {"image_size": (224, 224), "patch_size": (16, 16), "channels": 3}
 DECODERS = {"did_blocks": "all", "did_memory": "embedded", "weight_norm": True}
 Save = Callable[[str, Path], None]
@@ -166,8 +163,10 @@ def main() -> None:
                 maker = get_context("spawn").Process(target=save, args=(model, source))
                 maker.start()
                 maker.join()
+                if maker.exitcode:
+                    raise SystemExit(f"{name} of {model} could not be made")
                 for to in options.to:
-                    figures = measure(source, Path(folder, f"out{DESTINATIONS[to]}"), to, parse_model(model)[1])
+                    figures = measure(source, Path(folder, f"out{DESTINATIONS[to].suffix}"), to, parse_model(model)[1])
                     print(f"{model} · {name} -> {to}: {figures}", flush=True)
                     key = {"model": model, "source": name, "to": to}
                     results = [row for row in results if any(row[k] != v for k, v in key.items())] + [key | figures]

@@ -141,6 +141,12 @@ def to_vit_mae(model: Autoencoder, state: Tensors, settings: dict[str, Any]) -> 
             "ViTMAEForPreTraining has one plain decoder after the last block; this model has "
             f"{len(model.decoders)} of {model.method.name}; give --to huggingface for its encoder"
         )
+    grid = grid_size(model.image_size, model.patch_size)
+    if grid[0] != grid[1]:
+        raise UserError(
+            f"ViTMAEForPreTraining takes square grids of patches, and this model's is {grid[0]}x{grid[1]}; "
+            "give --to safetensors, or --to huggingface for its encoder"
+        )
     parts = (
         ("encoder.", encoder_names(len(encoder.blocks), prefix="vit.")),
         ("decoders.0.", decoder_names(shape.depth)),

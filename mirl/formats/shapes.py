@@ -35,7 +35,10 @@ class Heads:
 def _choose(option: str, given: int | None, width: int, known: Mapping[int, int]) -> int:
     heads = given or known.get(width)
     if heads is None:
-        raise UserError(f"a file of tensors does not tell the heads of a width of {width}; give --{option}")
+        raise UserError(
+            f"a file of tensors does not tell the heads of a width of {width}; give --{option}, if this command has "
+            "none then to mirl convert"
+        )
     if width % heads:
         raise UserError(f"--{option} {heads} does not divide the width of {width}; give a number that does")
     return heads

@@ -91,6 +91,15 @@ class Weights:
         model.load_state_dict(self.state, assign=True)
         return model.eval()
 
+    def pretrained_cfg(self, model: VisionTransformer) -> dict[str, Any]:
+        """Return what timm keeps beside `model`, built from these weights: its input, and the names of its classes."""
+        return {
+            "architecture": self.architecture, "input_size": (self.channels, *model.patch_embed.img_size),
+            "fixed_input_size": True, "interpolation": "bicubic", "crop_pct": 1.0, "num_classes": model.num_classes,
+            "first_conv": "patch_embed.proj", "classifier": "head", "mean": self.mean, "std": self.deviation,
+            **({"label_names": list(self.classes)} if len(self.classes) == model.num_classes > 0 else {}),
+        }  # fmt: skip
+
     def resampled(self, model: VisionTransformer) -> State:
         """Return the weights with patch embedding and positions as the sizes of `model` need them."""
         # Not timm's own filter: it takes for a square whatever grid the positions lie on.

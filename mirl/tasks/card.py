@@ -8,9 +8,10 @@ import yaml
 
 from mirl.models.weights import AutoencoderWeights, Weights
 
-RECIPE = (
-    *("method", "segments", "taps", "epochs", "batch_size", "base_lr", "warmup_epochs", "schedule", "mask_ratio"),
-    *("layer_decay", "drop_path", "mixup", "cutmix", "ema", "weight_decay", "seed"),
+# Options of the machine and the folder, which say nothing of the weights.
+NOT_OF_THE_RECIPE = (
+    *("out", "micro_batch", "devices", "num_nodes", "workers", "checkpoint_minutes", "checkpoint_steps", "max_bad"),
+    *("evaluate_epochs", "block_figures", "labelled"),
 )
 OPEN = {
     "timm": """
@@ -25,9 +26,11 @@ model = transformers.AUTO.from_pretrained("FOLDER")   # from the hub: "OWNER/NAM
 
 
 def run_of(path: Path) -> Path | None:
-    """Return the run folder that `path` is or lies in, if any."""
-    folders = (path, *path.absolute().parents[:2])
-    return next((f for f in folders if (f / "config.yaml").is_file() and (f / "log.txt").is_file()), None)
+    """Return the run folder that `path` is a part of, if any: what merely lies in one is not of that run."""
+    path = path.resolve()
+    parts = {"encoder": path.parent, "autoencoder.safetensors": path.parent, "model.safetensors": path.parents[1]}
+    folder = path if path.is_dir() and path.name != "encoder" else parts.get(path.name, path)
+    return folder if (folder / "config.yaml").is_file() and (folder / "log.txt").is_file() else None
 
 
 def model_card(weights: Weights | AutoencoderWeights, run: Path | None, kind: str) -> str:
@@ -39,7 +42,7 @@ def model_card(weights: Weights | AutoencoderWeights, run: Path | None, kind: st
     header = {
         "library_name": library,
         "pipeline_tag": "image-classification" if classes else "image-feature-extraction",
-        "tags": ["mirl", library, "masked-image-modeling"],
+        "tags": ["mirl", library, *(["masked-image-modeling"] if "mask_ratio" in config else [])],
     }
     auto = "AutoModelForPreTraining" if kind == "huggingface_mae" else "AutoModel"
     auto = "AutoModelForImageClassification" if classes else auto
@@ -49,7 +52,7 @@ def model_card(weights: Weights | AutoencoderWeights, run: Path | None, kind: st
         f"# {_title(weights)}",
         f"```python{code}```",
         "## Input\n\n" + _input(weights),
-        *(["## Classes\n\n" + ", ".join(classes)] if classes else []),
+        *(["## Classes\n\n" + "\n".join(f"{i}. `{name}`" for i, name in enumerate(classes))] if classes else []),
         "## Training\n\n" + (_training(config) or "Not known: these weights came without the folder of their run."),
         *(["## Figures\n\n" + figures] if run and (figures := _figures(run)) else []),
     ]
@@ -75,13 +78,17 @@ def _input(weights: Weights | AutoencoderWeights) -> str:
 
 
 def _training(config: dict[str, Any]) -> str:
-    """Return a table of the recipe. Of the data only the last part of their path: a card is for others to read."""
-    data = {"data": Path(str(config["data"])).name} if "data" in config else {}
-    rows = data | {name: config[name] for name in RECIPE if config.get(name) is not None}
+    """Return a table of the recipe. Of paths only the last part: a card is for others to read."""
+    rows = {name: value for name, value in config.items() if value is not None and name not in NOT_OF_THE_RECIPE}
+    rows |= {name: Path(str(rows[name])).name for name in ("data", "weights") if name in rows}
     if not rows:
         return ""
-    lines = [f"| {name} | {value} |" for name, value in rows.items()]
+    lines = [f"| {name} | {_quoted(value)} |" for name, value in rows.items()]
     return "\n".join(["| option | value |", "| --- | --- |", *lines])
+
+
+def _quoted(value: object) -> str:
+    return str(value).replace("|", "\\|")
 
 
 def _figures(run: Path) -> str:

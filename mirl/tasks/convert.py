@@ -23,7 +23,7 @@ from mirl.models.autoencoder import Autoencoder
 from mirl.models.masking import split
 from mirl.models.weights import AutoencoderWeights, Weights
 from mirl.tasks.card import model_card, run_of
-from mirl.tasks.destinations import DESTINATIONS, Outputs, mask_noise, model_of, outputs
+from mirl.tasks.destinations import DESTINATIONS, Outputs, mask_noise, model_of, outputs, returns_of
 from mirl.tasks.settings import Resolved, autoencoder_of
 from mirl.tasks.weights import PADDLE, PYTORCH, build_autoencoder, encoder_of, load_pytorch, open_checkpoint
 from mirl.training.runs import console
@@ -81,18 +81,19 @@ def convert(
     Raises:
         UserError: if the source cannot be read, the destination's format cannot hold it, or the two sides disagree.
     """
-    kind, path = DESTINATIONS[to], Path(destination).expanduser()
-    if push_to_hub and kind.suffix:
-        folders = ", ".join(name for name, each in DESTINATIONS.items() if not each.suffix)
-        raise UserError(f"--push_to_hub uploads a folder; give --to {folders}")
-    if kind.suffix and path.suffix != kind.suffix:
-        raise UserError(f"--to {to} writes a file; give a destination that ends in {kind.suffix}")
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} exists; add --overwrite, or give another destination")
-    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
-        raise UserError(f"{path} is not a model's folder, and --overwrite would delete it; give another destination")
-
-    opened = open_checkpoint(source, say=_say, heads=Heads(heads, decoder_heads), taps=taps, decoders=kind.decoders)
+    if to not in DESTINATIONS:
+        raise UserError(f"--to {to} is not known; give {', '.join(DESTINATIONS)}")
+    kind, path = DESTINATIONS[to], Path(destination).expanduser().resolve()
+    _check_destination(path, to, overwrite)
+    _check_upload(push_to_hub, public, to)
+    opened = open_checkpoint(
+        source,
+        say=_say,
+        heads=Heads(heads, decoder_heads),
+        taps=taps,
+        decoders=kind.decoders,
+        encoder_only=not kind.decoders,
+    )
     if to == "huggingface_mae" and isinstance(opened, Weights):
         raise UserError(f"{source} has no decoder; give the run folder of mirl pretrain --method mae")
     images = torch.randn(IMAGES, *_input_shape(opened), generator=torch.Generator().manual_seed(0))
@@ -109,16 +110,17 @@ def convert(
     expected = outputs(model_of(weights), images)
     if fold_weight_norm:
         weights = _folded(weights)
-    classifies = isinstance(weights, Weights) and bool(weights.classes)
     card = model_card(weights, run_of(Path(source).expanduser()), to)
     with _staged(path) as fresh:
         try:
-            kind.write(weights, model_of(weights), fresh, images[:2], card)
+            model = model_of(weights)
+            returns = returns_of(model)
+            kind.write(weights, model, fresh, images[:2], card)
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk can be any of them
             raise UserError(f"cannot write {path}: {_reason(error)}; give another destination") from error
-        del opened, weights
+        del opened, weights, model
         _release_memory()  # it holds one side at a time
-        difference, scale = _difference(expected, kind.open(fresh, classifies)(images))
+        difference, scale = _difference(expected, kind.open(fresh, returns)(images))
         _agree(difference, scale, f"{source} and what was written as {to}")
     _say(f"written  {path} ({_size(path) / 1e6:.1f} MB{', ' if kind.note else ''}{kind.note})")
     _say(f"checked  {path} as {to} against the source: largest difference {difference:.1e} of {scale:.2g}")
@@ -155,23 +157,71 @@ def _release_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def _check_destination(path: Path, to: Kind, overwrite: bool) -> None:
+    suffix = DESTINATIONS[to].suffix
+    if suffix and path.suffix != suffix:
+        raise UserError(f"--to {to} writes a file; give a destination that ends in {suffix}")
+    if path.is_file() if not suffix else path.is_dir():
+        kinds = ("file", "folder") if not suffix else ("folder", "file")
+        raise UserError(f"{path} is a {kinds[0]}, and --to {to} writes a {kinds[1]}; give another destination")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists; add --overwrite, or give another destination")
+    if path.is_dir() and (entries := list(path.iterdir())):
+        names = {entry.name for entry in entries}
+        if not {"config.json", "model.safetensors"} <= names or any(entry.is_dir() for entry in entries):
+            raise UserError(
+                f"{path} is not a model's folder, and --overwrite would delete it; give another destination"
+            )
+
+
+def _check_upload(name: str | None, public: bool, to: Kind) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if name is None:
+        if public:
+            raise UserError("--public belongs to --push_to_hub; give OWNER/NAME there, or leave it out")
+        return
+    if DESTINATIONS[to].suffix:
+        folders = ", ".join(each for each, kind in DESTINATIONS.items() if not kind.suffix)
+        raise UserError(f"--push_to_hub uploads a folder; give --to {folders}")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"--push_to_hub '{name}' is no name on the hub; give OWNER/NAME") from error
+
+
 @contextmanager
 def _staged(path: Path) -> Iterator[Path]:
     """Yield a path of the same name in a folder beside; what is there when the block ends well takes its place."""
     folder = path.with_name(f".unfinished-{path.name}")
+    previous = folder / ".previous"
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {_reason(error)}; give another destination") from error
-    try:
+        with _writing(path):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
         yield folder / path.name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        for part in folder.iterdir():  # a large ONNX has two
-            os.replace(part, path.with_name(part.name))
+        with _writing(path):
+            parts = list(folder.iterdir())  # a large ONNX has two
+            if path.exists():
+                os.replace(path, previous)
+            try:
+                for part in parts:
+                    os.replace(part, path.with_name(part.name))
+            except OSError:
+                if previous.exists():
+                    os.replace(previous, path)
+                raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {_reason(error)}; give another destination") from error
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -23,6 +23,7 @@ from mirl.training.checkpoints import save_tensors
 
 Outputs = list[Tensor]
 Run = Callable[[Tensor], Outputs]
+Returns = Literal["scores", "cls", "mean", "predictions"]
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,14 @@ class Destination:
     Attributes:
         write: writes weights, with the model that is built of them, to a path; some trace the model on example images
             [b, c, h, w], some keep a model card.
-        open: opens what was written and returns what runs it on images; told whether it is a classifier.
+        open: opens what was written and returns what runs it on images; told what the model returns.
         suffix: what the file's name must end in; empty for a folder.
         decoders: whether it holds an autoencoder, not its encoder alone.
         note: what else a user should know of what was written.
     """
 
     write: Callable[[Weights | AutoencoderWeights, nn.Module, Path, Tensor, str], None]
-    open: Callable[[Path, bool], Run]
+    open: Callable[[Path, Returns], Run]
     suffix: str = ""
     decoders: bool = False
     note: str = ""
@@ -64,6 +65,15 @@ def outputs(model: nn.Module, images: Tensor) -> Outputs:
 def mask_noise(images: Tensor, patches: int) -> Tensor:
     """Return the noise [b, n] that orders patches for masking, the same for both sides."""
     return torch.rand(len(images), patches, generator=torch.Generator().manual_seed(1))
+
+
+def returns_of(model: nn.Module) -> Returns:
+    """Tell what `outputs` of a model are."""
+    if isinstance(model, Autoencoder):
+        return "predictions"
+    if model.num_classes:
+        return "scores"
+    return "cls" if model.global_pool == "token" else "mean"
 
 
 def _write_timm(weights: Weights | AutoencoderWeights, model: nn.Module, path: Path, _: Tensor, card: str) -> None:
@@ -108,26 +118,27 @@ def _write_hugging_face(
     (folder / "README.md").write_text(card)
 
 
-def _open_timm(path: Path, _: bool) -> Run:
+def _open_timm(path: Path, _: Returns) -> Run:
     model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
     return lambda images: outputs(model, images)
 
 
-def _open_ours(path: Path, _: bool) -> Run:
+def _open_ours(path: Path, _: Returns) -> Run:
     model = model_of(open_checkpoint(str(path)))
     return lambda images: outputs(model, images)
 
 
-def _open_hugging_face(path: Path, classifies: bool) -> Run:
-    if classifies:
+def _open_hugging_face(path: Path, returns: Returns) -> Run:
+    if returns == "scores":
         model = _from_pretrained("ViTForImageClassification", path)
         return lambda images: [_quiet(model, images).logits]
     model = _from_pretrained("ViTModel", path, add_pooling_layer=False)
-    # What ours returns is the mean over patch tokens.
-    return lambda images: [_quiet(model, images).last_hidden_state[:, 1:].mean(dim=1)]
+    # A ViTModel returns every token; the encoder pools them.
+    pool = (lambda tokens: tokens[:, 0]) if returns == "cls" else (lambda tokens: tokens[:, 1:].mean(dim=1))
+    return lambda images: [pool(_quiet(model, images).last_hidden_state)]
 
 
-def _open_vit_mae(path: Path, _: bool) -> Run:
+def _open_vit_mae(path: Path, _: Returns) -> Run:
     model = _from_pretrained("ViTMAEForPreTraining", path)
 
     def run(images: Tensor) -> Outputs:

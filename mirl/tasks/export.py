@@ -57,12 +57,7 @@ def _replace(run: RunFolder, model: VisionTransformer, weights: Weights) -> None
 def write_encoder(model: VisionTransformer, weights: Weights, folder: Path, card: str) -> None:
     """Write `model`, built from `weights`, as a folder that timm and transformers open; `card` is its README.md."""
     arguments = {name: value for name, value in weights.arguments.items() if name != "num_classes"}
-    model.pretrained_cfg = {
-        "architecture": weights.architecture, "input_size": (weights.channels, *weights.image_size),
-        "fixed_input_size": True, "interpolation": "bicubic", "crop_pct": 1.0, "num_classes": len(weights.classes),
-        "first_conv": "patch_embed.proj", "classifier": "head", "mean": weights.mean, "std": weights.deviation,
-        **({"label_names": list(weights.classes)} if weights.classes else {}),
-    }  # fmt: skip
+    model.pretrained_cfg = weights.pretrained_cfg(model)
     save_for_hf(model, str(folder), model_args=arguments, safe_serialization=True)
     # For transformers, which passes num_classes itself, and looks for the names of classes at the top.
     config = json.loads((folder / "config.json").read_text())

@@ -38,14 +38,14 @@ def start_from(weights: Weights | AutoencoderWeights, model: Autoencoder, channe
     if encoder.channels != channels:
         raise UserError(f"--weights are of {encoder.channels} channels; give --channels {encoder.channels}, or others")
     depth, trained = len(own.blocks), min(encoder.depth, len(own.blocks))
-    state = {
-        name: value
-        for name, value in encoder.resampled(own).items()
-        if not name.startswith((*HEAD, *(f"blocks.{b}." for b in range(depth, encoder.depth))))
-    }
     forms = {name: value.shape for name, value in own.state_dict().items()}
-    if foreign := sorted(name for name in state if name not in forms):
+    left_out = (*HEAD, *(f"blocks.{b}." for b in range(depth, encoder.depth)))
+    taken = {name for name in encoder.state if not name.startswith(left_out)}
+    if foreign := sorted(taken - forms.keys()):
         raise UserError(f"--weights have '{foreign[0]}', which a plain ViT has not; give others")
+    if not {"cls_token", "pos_embed"} <= taken:
+        raise UserError("--weights have no class token or no absolute positions, which pre-training needs; give others")
+    state = {name: value for name, value in encoder.resampled(own).items() if name in taken}
     if foreign := sorted(name for name, value in state.items() if value.shape != forms[name]):
         name = foreign[0]
         raise UserError(
@@ -58,8 +58,9 @@ def start_from(weights: Weights | AutoencoderWeights, model: Autoencoder, channe
         lines[0] += f", blocks {trained + 1} to {depth} are fresh"
     if encoder.depth > depth:
         lines[0] += f"; its last {encoder.depth - depth} are left out"
-    if any(name.startswith("norm.") for name in missing):
-        lines.append("the last norm is fresh: a classifier has none there")
+    fresh = tuple(f"blocks.{b}." for b in range(trained, depth))
+    if lacking := [name for name in missing if not name.startswith((*fresh, "pos_embed"))]:
+        lines.append(f"fresh, because the weights lack them: {', '.join(lacking)}")
     if encoder.patch_size != model.patch_size:
         lines.append(f"patch embedding resampled from {encoder.patch_size} to {model.patch_size}")
     if grid_size(encoder.image_size, encoder.patch_size) != grid_size(model.image_size, model.patch_size):

@@ -22,7 +22,7 @@ from mirl.formats.paddle import read_checkpoint
 from mirl.formats.renaming import fit, split
 from mirl.formats.shapes import Heads, encoder_arguments
 from mirl.models.autoencoder import Autoencoder
-from mirl.models.encoder import ARCHITECTURE, parse_model, timm_arguments
+from mirl.models.encoder import ARCHITECTURE, check_sizes, parse_model, timm_arguments
 from mirl.models.patches import pair
 from mirl.models.weights import AutoencoderWeights, State, Weights, depth_of
 from mirl.tasks.settings import Resolved, autoencoder_of
@@ -33,7 +33,8 @@ ALLOWED = (
     "a run folder, its encoder/, a file that mirl wrote, an official MIRL (.pd) or MAE (.pth) checkpoint, a folder of "
     "Hugging Face's ViT or ViTMAE, or the name of a timm ViT"
 )
-TIMM_HEADS = {192: 3, 768: 12, 1024: 16, 1280: 16}  # 384 is 6 in timm and 12 in the paper: it must be said
+TIMM_HEADS = {192: 3} | official_mae.ENCODER_HEADS  # 384 is 6 in timm and 12 in the paper: it must be said
+ENCODER_PARTS = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.", "fc_norm.", "head.")
 
 PADDLE, PYTORCH = (".pd", ".pdparams"), (".pth", ".pt", ".bin")  # what files of tensors end in
 
@@ -51,17 +52,19 @@ def open_weights(weights: str, *, say: Say = print, heads: Heads | None = None) 
     Raises:
         UserError: if there is nothing like that, or it holds no encoder.
     """
-    opened = open_checkpoint(weights, say=say, heads=heads)
+    opened = open_checkpoint(weights, say=say, heads=heads, encoder_only=True)
     return encoder_of(opened) if isinstance(opened, AutoencoderWeights) else opened
 
 
-def open_autoencoder(weights: str, *, say: Say = print, heads: Heads | None = None) -> AutoencoderWeights:
+def open_autoencoder(
+    weights: str, *, say: Say = print, heads: Heads | None = None, taps: Sequence[int] | None = None
+) -> AutoencoderWeights:
     """Open the encoder with its decoders that `weights` names; see `open_checkpoint`.
 
     Raises:
         UserError: if there is nothing like that, or it has no decoders.
     """
-    opened = open_checkpoint(weights, say=say, heads=heads, decoders=True)
+    opened = open_checkpoint(weights, say=say, heads=heads, taps=taps, decoders=True)
     if isinstance(opened, Weights):
         raise UserError(f"{weights} holds an encoder without decoders; give the run folder that pre-training left")
     return opened
@@ -74,6 +77,7 @@ def open_checkpoint(
     heads: Heads | None = None,
     taps: Sequence[int] | None = None,
     decoders: bool = False,
+    encoder_only: bool = False,
 ) -> Weights | AutoencoderWeights:
     """Open everything that a file or folder holds.
 
@@ -85,6 +89,7 @@ def open_checkpoint(
         say: is told what was chosen.
         heads: where a bare file's shapes do not tell them; taps: where an official MIRL's segments are unequal.
         decoders: prefer a run's autoencoder to its encoder, which holds the same.
+        encoder_only: do not ask for what only an official file's decoders need.
 
     Raises:
         UserError: if there is nothing like that.
@@ -92,7 +97,7 @@ def open_checkpoint(
     heads = heads or Heads()
     path = Path(weights).expanduser()
     if path.is_file():
-        return _from_file(path, heads, taps, say)
+        return _from_file(path, heads, taps, say, encoder_only)
     if path.is_dir():
         if decoders and (path / "autoencoder.safetensors").exists():
             return _from_file(path / "autoencoder.safetensors", heads, taps, say)
@@ -131,7 +136,10 @@ def build_autoencoder(weights: AutoencoderWeights) -> Autoencoder:
 def load_encoder(
     weights: str, *, image_size: int | tuple[int, int] | None = None, heads: int | None = None, **changes: Any
 ) -> VisionTransformer:
-    """Return a timm model with trained weights, in evaluation mode: images [b, c, h, w] to features [b, d].
+    """Return a timm model with trained weights, in evaluation mode.
+
+    It maps images [b, c, h, w] to features [b, d], or, of a fine-tuned run, to scores [b, classes]; `num_classes=0`
+    takes the features of a classifier too. Images are normalised by "mean" and "std" of its `pretrained_cfg`.
 
     Args:
         weights: a run folder, an official checkpoint, a timm name or what else `--weights` accepts.
@@ -140,37 +148,43 @@ def load_encoder(
         changes: arguments of timm's ViT, e.g. `num_classes=10` for a fresh head, `depth=12` for the first 12 blocks,
             `drop_path_rate=0.1`, `patch_size=8` (resampled too), `global_pool=""` for all tokens.
 
-    Images are normalised as `mirl.load_encoder(...).pretrained_cfg` says: its "mean" and "std" of images in 0..1.
-
     Raises:
-        UserError: if `weights` holds no encoder, or the sizes do not fit.
+        UserError: if `weights` holds no encoder, patches do not tile the image, or timm knows no such argument.
     """
     opened = open_weights(weights, heads=Heads(heads))
     if image_size is not None:
         changes["img_size"] = pair(image_size)
-    model = opened.build(**changes)
-    model.pretrained_cfg = {"mean": opened.mean, "std": opened.deviation, "label_names": opened.classes}
+    check_sizes(pair(changes.get("img_size", opened.image_size)), pair(changes.get("patch_size", opened.patch_size)))
+    try:
+        model = opened.build(**changes)
+    except TypeError as error:
+        raise UserError(f"timm's VisionTransformer does not take this: {_first_line(error)}") from error
+    model.pretrained_cfg = opened.pretrained_cfg(model)
     return model
 
 
-def load_autoencoder(weights: str) -> Autoencoder:
+def load_autoencoder(
+    weights: str, *, heads: int | None = None, decoder_heads: int | None = None, taps: Sequence[int] | None = None
+) -> Autoencoder:
     """Return a pre-trained encoder with its decoders, in evaluation mode.
 
     It maps (patches [b, n, p], visible [b, v], masked [b, m]) to one prediction [b, m, p] per decoder.
 
     Args:
         weights: a run folder, its autoencoder.safetensors, an official MIRL or MAE checkpoint, or a ViTMAE's folder.
+        heads, decoder_heads: of the attention, where a bare file's shapes do not tell them.
+        taps: blocks after which an official MIRL's decoders read; by default segments are equal.
 
     Raises:
         UserError: if `weights` holds no decoders.
     """
-    return build_autoencoder(open_autoencoder(weights))
+    return build_autoencoder(open_autoencoder(weights, heads=Heads(heads, decoder_heads), taps=taps))
 
 
 def _from_folder(folder: Path) -> Weights | AutoencoderWeights:
     try:
         config = json.loads((folder / "config.json").read_text())
-        state = load_file(folder / "model.safetensors")
+        state = _load_safetensors(folder / "model.safetensors")
         if not isinstance(config, dict):
             raise ValueError("config.json is no table of settings")
         if config.get("model_type") in ("vit", "vit_mae"):
@@ -184,7 +198,7 @@ def _from_folder(folder: Path) -> Weights | AutoencoderWeights:
                 raise ValueError(f"{name} is missing or has another shape")
         return Weights(
             config["architecture"], arguments, state, tuple(cfg["mean"]), tuple(cfg["std"]),
-            tuple(cfg.get("label_names", ())),
+            tuple(cfg.get("label_names") or map(str, range(arguments["num_classes"]))),
         )  # fmt: skip
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
@@ -209,7 +223,9 @@ def _from_hugging_face(folder: Path, config: dict[str, Any], state: State) -> We
     return weights
 
 
-def _from_file(path: Path, heads: Heads, taps: Sequence[int] | None, say: Say) -> Weights | AutoencoderWeights:
+def _from_file(
+    path: Path, heads: Heads, taps: Sequence[int] | None, say: Say, encoder_only: bool = False
+) -> Weights | AutoencoderWeights:
     if path.name == "model.safetensors" and (path.parent / "config.json").exists():
         return _from_folder(path.parent)
     if path.suffix == ".onnx":
@@ -217,17 +233,17 @@ def _from_file(path: Path, heads: Heads, taps: Sequence[int] | None, say: Say) -
     if path.suffix == ".pt2":
         return _described(path, *graphs.read_exported(path))
     if path.suffix in PADDLE:
-        return _from_paddle(path, heads, taps)
+        return _from_paddle(path, heads, taps, encoder_only)
     try:
         if path.suffix in PYTORCH:
-            return _from_bare(path, load_pytorch(path), heads, say)
+            return _from_bare(path, load_pytorch(path), heads, say, encoder_only)
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-        state = load_file(path)
+        state = _load_safetensors(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({_first_line(error)}); give {ALLOWED}") from error
     if "mirl" not in metadata:
-        return _from_bare(path, state, heads, say)
+        return _from_bare(path, state, heads, say, encoder_only)
     try:
         return _described(path, json.loads(metadata["mirl"]), state)
     except json.JSONDecodeError as error:
@@ -267,18 +283,31 @@ def _from_unfinished(run: Path, say: Say) -> AutoencoderWeights:
     return AutoencoderWeights(settings, state["model"])
 
 
-def _from_paddle(path: Path, heads: Heads, taps: Sequence[int] | None) -> Weights | AutoencoderWeights:
+def _from_paddle(
+    path: Path, heads: Heads, taps: Sequence[int] | None, encoder_only: bool
+) -> Weights | AutoencoderWeights:
     tensors = read_checkpoint(path)
     with _naming(path):
+        if encoder_only:
+            _drop_decoders(tensors, "mask_token0")
         if "mask_token0" in tensors:
             settings = official_mirl.settings_of(tensors, heads, taps)
             return _renamed(settings, tensors, official_mirl.names_of, "decoder_pos_embed", transposed=True)
         return _bare(tensors, heads, official_mirl.ENCODER_HEADS, transposed=True)
 
 
-def _from_bare(path: Path, tensors: State, heads: Heads, say: Say) -> Weights | AutoencoderWeights:
+def _drop_decoders(tensors: MutableMapping[str, Tensor], mark: str) -> None:
+    """Leave an official pre-training file's encoder alone; `mark` is a name that tells such a file."""
+    if mark in tensors:
+        for name in [name for name in tensors if not name.startswith(ENCODER_PARTS)]:
+            del tensors[name]
+
+
+def _from_bare(path: Path, tensors: State, heads: Heads, say: Say, encoder_only: bool) -> Weights | AutoencoderWeights:
     """Tell MAE's checkpoints, with or without decoder, from other tensors by timm's names."""
     with _naming(path):
+        if encoder_only:
+            _drop_decoders(tensors, "mask_token")
         if "mask_token" in tensors and "decoder_embed.weight" in tensors:
             settings = official_mae.settings_of(tensors, heads)
             return _renamed(settings, tensors, official_mae.names_of, "decoder_pos_embed", transposed=False)
@@ -324,6 +353,10 @@ def _bare(tensors: MutableMapping[str, Tensor], heads: Heads, known: Mapping[int
         own = timm.create_model(ARCHITECTURE, pretrained=False, **arguments).state_dict()
     classes = tuple(str(i) for i in range(arguments["num_classes"]))
     return Weights(ARCHITECTURE, arguments, fit(state, own), *channel_statistics(arguments["in_chans"]), classes)
+
+
+def _load_safetensors(path: Path) -> State:
+    return {name: value.float() for name, value in load_file(path).items()}  # halves are for storage
 
 
 def load_pytorch(path: Path) -> State:

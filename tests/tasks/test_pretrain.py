@@ -47,7 +47,7 @@ def test_a_run_leaves_every_file(run):
     names = {path.name for path in run.iterdir()}
     assert names == {"config.yaml", "log.txt", "metrics.jsonl", "tensorboard", "checkpoints", "encoder",
                      "autoencoder.safetensors", "pictures"}  # fmt: skip
-    assert {path.name for path in (run / "encoder").iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in (run / "encoder").iterdir()} == {"README.md", "config.json", "model.safetensors"}
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000012.pt"]
     assert next((run / "tensorboard").iterdir()).stat().st_size > 0
     log = (run / "log.txt").read_text()

@@ -124,7 +124,7 @@ def test_a_classifier_gives_its_blocks(still, classified):
     """Its head is left out; it has a norm after pooling in place of the encoder's."""
     run = still(weights=str(classified))
     state = {f"encoder.{k}": v for k, v in load_file(classified / "encoder" / "model.safetensors").items()}
-    assert "the last norm is fresh: a classifier has none there" in said(run)
+    assert "fresh, because the weights lack them: norm.weight, norm.bias" in said(run)
     assert differing(weights(run), state, "encoder.blocks.", "encoder.patch_embed.", "encoder.cls_token") == set()
     assert (weights(run)["encoder.norm.weight"] == 1).all()
 
