@@ -8,6 +8,7 @@ import subprocess
 import threading
 from base64 import b64decode
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import timm
@@ -26,6 +27,7 @@ from mirl.cli import main
 from mirl.errors import UserError
 from mirl.formats.shapes import Heads
 from mirl.models.weights import AutoencoderWeights
+from mirl.tasks.card import run_of
 from mirl.tasks.convert import convert
 from mirl.tasks.destinations import DESTINATIONS
 from mirl.tasks.weights import open_checkpoint
@@ -570,3 +572,34 @@ def test_an_autoencoder_is_the_runs_and_a_classifier_is_none(runs):
     for path in (runs("mean"), runs("mirl") / "encoder"):
         message = mistake(mirl.load_autoencoder, str(path))
         assert message.startswith(f"{path} holds an encoder without decoders; give the run folder")
+
+
+# Sources of other makes
+
+
+def test_half_precision_becomes_whole(runs, tmp_path):
+    folder = Path(shutil.copytree(Path(runs("mirl")) / "encoder", tmp_path / "half"))
+    state = {name: value.half() for name, value in load_file(folder / "model.safetensors").items()}
+    save_file(state, folder / "model.safetensors")
+    assert convert(str(folder), str(tmp_path / "out"), "huggingface").difference < 1e-5
+    found = open_checkpoint(str(tmp_path / "out")).state
+    assert_same_tensors(found, {name: value.float() for name, value in state.items()})
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_timms_own_class_token_models_fit_hugging_face(tmp_path, classes):
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=classes)
+    save_for_hf(model, str(tmp_path / "timm"), model_args={"depth": 2, "img_size": 32}, safe_serialization=True)
+    found = convert(str(tmp_path / "timm"), str(tmp_path / "out"), "huggingface")
+    assert found.difference < 1e-5 < found.scale
+    expected = ("0", "1", "2") if classes else ()
+    assert open_checkpoint(str(tmp_path / "out")).classes == expected
+
+
+def test_what_merely_lies_in_a_run_is_not_of_it(runs):
+    run = Path(runs("mirl"))
+    assert run_of(run) == run_of(run / "encoder") == run_of(run / "encoder" / "model.safetensors") == run.resolve()
+    assert run_of(run / "autoencoder.safetensors") == run.resolve()
+    assert [run_of(path) for path in (run / "other.pth", run / "pictures", run / "encoder" / "config.json")] == [
+        None
+    ] * 3
