@@ -162,6 +162,10 @@ class FinetuneTask(RunnableTask[Batch]):
         loss = F.cross_entropy(scores, batch.labels, reduction="none")
         return {"loss": loss, "top1": best[:, 0].float(), **top5}
 
+    @property
+    def encoder(self) -> VisionTransformer:
+        return self.model
+
     def names(self, batch: Batch) -> list[str]:
         return [self.train.source.name_of(int(index)) for index in batch.indices]
 

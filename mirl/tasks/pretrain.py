@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from mirl.data.decode import BadImage
@@ -32,7 +33,8 @@ from mirl.tasks.warm_start import open_start, start_from
 from mirl.training import processes
 from mirl.training.monitors import Monitor
 from mirl.training.optimizers import adamw
-from mirl.training.pictures import draw, panels
+from mirl.training.pictures import draw
+from mirl.training.reconstructions import compose, panels, write_atlas
 from mirl.training.runs import RunFolder, read_config
 from mirl.training.schedules import learning_rate
 
@@ -149,6 +151,10 @@ class PretrainTask(RunnableTask[MaskedBatch]):
         pairs = {f"pair_{g}": term for g, term in enumerate(terms, start=1)} if len(terms) > 1 else {}
         return {"loss": loss, **pairs}
 
+    @property
+    def encoder(self) -> VisionTransformer:
+        return self.model.encoder
+
     def names(self, batch: MaskedBatch) -> list[str]:
         return [self.source.name_of(int(index)) for index in batch.indices]
 
@@ -167,16 +173,18 @@ class PretrainTask(RunnableTask[MaskedBatch]):
         spread = np.unique(np.linspace(0, len(self.held_out) - 1, PICTURED).astype(int))
         batch = cast(MaskedBatch, collate([self.held_out[0, int(i)] for i in spread])).to(device)
         patches = patchify(normalise(batch.images, self.settings.channels), self.patch_size)
-        predictions = self.model(patches, batch.visible, batch.masked)
-        columns = panels(
+        predictions = self.model(patches, batch.visible, batch.masked, all_patches=True)
+        columns = panels(compose(
             patches, batch.visible, batch.masked, predictions, self.method.terms, target=self.settings.target,
             image_size=self.image_size, patch_size=self.patch_size, channels=self.settings.channels,
-        )  # fmt: skip
-        draw(
-            columns,
-            run.pictures / f"step_{step:08d}.png",
-            f"{self.settings.model} · {self.method.name} · epoch {epoch:g}",
-        )
+        ))  # fmt: skip
+        name, atlas = f"step_{step:08d}", run.pictures / "panels" / f"step_{step:08d}.webp"
+        draw(columns, run.pictures / f"{name}.png", f"{self.settings.model} · {self.method.name} · epoch {epoch:g}")
+        height, width = write_atlas(columns, atlas)
+        run.record({
+            "kind": "pictures", "step": step, "epoch": epoch, "file": str(atlas.relative_to(run.path)),
+            "panels": [panel.title for panel in columns], "images": len(batch), "height": height, "width": width,
+        })  # fmt: skip
 
     def settle(self) -> None:
         if self.blocks:

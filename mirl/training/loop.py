@@ -16,12 +16,13 @@ from mirl.data.loading import B
 from mirl.errors import UserError
 from mirl.training import checkpoints
 from mirl.training.monitors import Monitor
-from mirl.training.pictures import draw_curves
+from mirl.training.pictures import draw_curves, draw_gradients
 from mirl.training.processes import Fabric, Interrupted, as_one, from_all, over_processes, stop_signals
 from mirl.training.runs import RunFolder
-from mirl.training.steps import Accumulator, Task, is_finite
+from mirl.training.steps import Accumulator, Task
 
 MAX_SKIPPED = 5  # non-finite steps in a row before the run stops
+GRADIENTS_EVERY = 10  # steps; the first one's too
 STEPS = 2  # the stream of a step's random numbers; the data have others
 MAX_SKIPPED_FP16 = 25  # the loss scale starts at 2^16 and halves at each overflow
 
@@ -148,13 +149,13 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("lr_scale", 1.0)
             key = (plan.seed, STEPS, progress.step, fabric.global_rank)
-            means, norm = accumulator.step(chunks, key)
-            finite = is_finite(means, norm)
-            if finite and task.average:
+            by_block = progress.step % GRADIENTS_EVERY == 0
+            step = accumulator.step(chunks, key, number=progress.step + 1, by_block=by_block)
+            if step.finite and task.average:
                 task.average.update(task.model, step=progress.step)
             progress.step += 1
-            in_a_row = 0 if finite else in_a_row + 1
-            if not finite:
+            in_a_row = 0 if step.finite else in_a_row + 1
+            if not step.finite:
                 progress.skipped += 1
                 culprits = [name for names in from_all(fabric, accumulator.culprits(chunks, key)) for name in names]
                 with as_one(fabric):
@@ -162,11 +163,13 @@ def fit(
             report_bad(run, progress, (file for chunk in chunks for file in chunk.bad))
             if fabric.world_size == 1:  # several processes count together, at each evaluation
                 check_budget(plan, progress)
-            row = {"kind": "train", "step": progress.step, "epoch": progress.step / plan.steps_per_epoch, **means}
+            done = {"step": progress.step, "epoch": progress.step / plan.steps_per_epoch}
             seconds = time.monotonic() - began
-            row |= {"lr": rate, "grad_norm": norm, "seconds": seconds, "data_wait": waited}
-            row["images_per_second"] = plan.batch_size / seconds
+            row = {"kind": "train", **done, **step.means, "lr": rate, "grad_norm": step.norm, "seconds": seconds}
+            row |= {"data_wait": waited, "images_per_second": plan.batch_size / seconds}
             run.record(row)
+            if step.blocks:
+                run.record({"kind": "gradients", **done, "encoder": step.blocks[0], "blocks": step.blocks[1:]})
             monitor.step(row)
             if progress.step % plan.evaluate_every == 0 or progress.step == plan.steps:
                 evaluate(fabric, task, held_out, run, monitor, progress, plan)
@@ -177,7 +180,8 @@ def fit(
                 save(fabric, run, task, optimizer, progress, plan.samples)
                 saved_at = time.monotonic()
             if signal_number and progress.step < plan.steps:
-                run.say(f"stopped at step {progress.step} of {plan.steps}, saved; go on with --out {run.path} --resume")
+                line = f"stopped at step {progress.step} of {plan.steps}, saved; go on with --out {run.path} --resume"
+                run.incident(progress.step, "stopped", line)
                 # Another exit code of another process would make Fabric kill the first.
                 raise Interrupted(signal_number) if fabric.is_global_zero else SystemExit(0)
 
@@ -195,7 +199,8 @@ def report_skipped(fabric: Fabric, run: RunFolder, progress: Progress, culprits:
     """Say that a step was skipped and why; stop after too many in a row."""
     shown = ", ".join(culprits[:5]) + (f" and {len(culprits) - 5} more" if len(culprits) > 5 else "")
     cause = f"the loss of {shown} is not finite" if culprits else "the gradient is not finite"
-    run.say(f"step {progress.step} skipped: {cause} ({progress.skipped} skipped so far)")
+    line = f"step {progress.step} skipped: {cause} ({progress.skipped} skipped so far)"
+    run.incident(progress.step, "skipped step", line)
     limit = MAX_SKIPPED_FP16 if fabric.strategy.precision.state_dict() else MAX_SKIPPED
     if in_a_row >= limit:
         raise UserError(
@@ -210,7 +215,7 @@ def report_bad(run: RunFolder, progress: Progress, files: Iterable[tuple[str, st
     fresh = {name: reason for name, reason in files if name not in progress.bad}
     progress.bad |= fresh
     for name, reason in fresh.items():
-        run.note(f"skipped {name}: {reason}")
+        run.incident(progress.step, "unusable file", f"skipped {name}: {reason}", quiet=True)
     if fresh:
         name, reason = next(iter(fresh.items()))
         run.say(f"skipped {len(progress.bad)} unusable files so far, e.g. {name}: {reason} (all are named in log.txt)")
@@ -264,7 +269,10 @@ def evaluate(
     run.say(f"epoch {epoch:g} · held-out loss {means['loss']:.4f}{f' ({parts})' if parts else ''}{left}")
     if fabric.is_global_zero:
         task.draw(run, monitor, progress.step, epoch)
-        draw_curves(run.rows(), run.pictures / "curves.png")
+        rows = run.rows()
+        draw_curves(rows, run.pictures / "curves.png")
+        if any(row["kind"] == "gradients" for row in rows):
+            draw_gradients({run.path.name: rows}, run.pictures / "gradients.png")
     fabric.barrier()
     task.model.train()
     return means

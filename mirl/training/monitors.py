@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgres
 from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
-from mirl.training.runs import RunFolder, console
+from mirl.training.runs import RunFolder, console, duration
 
 WINDOW = 50  # steps over which speed and waiting are averaged
 SLOW_DATA = 0.2  # share of the time waiting for data above which the user gets advice
@@ -103,13 +103,3 @@ class Monitor:
             f"· lr {row['lr']:.1e} · grad {row['grad_norm']:.2f} · {self.speed:.0f} images/s "
             f"· data_wait {self.waiting:.0%} · {self.time_left()}"
         )
-
-
-def duration(seconds: float) -> str:
-    """Write seconds as people do: 45 s, 12 min, 3 h 20 min, 2 d 4 h."""
-    minutes, hours = round(seconds / 60), round(seconds / 3600)
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if minutes < 100:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

@@ -1,72 +1,16 @@
-"""Pictures of reconstructions: original, masked, then main component, residual and their sum for each pair.
-
-Paper: Figure 7. And curves of the run so far.
-"""
+"""Pictures during a run: reconstructions, images with captions, curves, the gradients of each block."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from mirl.data.transforms import channel_statistics
-from mirl.methods import Term
-from mirl.models.patches import Size, gather, unpatchify
-from mirl.objectives.pixels import Target, to_pixels
 from mirl.training.checkpoints import atomic
-
-GREY = 0.5
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A column of a picture: its title and images [b, c, h, w] in 0..1 (values outside are clipped when drawn)."""
-
-    title: str
-    images: Tensor
-
-
-def panels(
-    patches: Tensor, visible: Tensor, masked: Tensor, predictions: Sequence[Tensor], terms: Sequence[Term],
-    *, target: Target, image_size: Size, patch_size: Size, channels: int,
-) -> list[Panel]:  # fmt: skip
-    """Turn predictions of masked patches into pictures.
-
-    Normalised predictions get each patch's true mean and deviation back; a residual has no mean and is drawn around
-    grey. Visible patches show the image in reconstructions, and no residual.
-
-    Args:
-        patches: [b, n, p] normalised as the model saw them; visible [b, v]; masked [b, m].
-        predictions: one [b, m, p] per decoder.
-    """
-    mean, deviation = (patches.new_tensor(s).view(-1, 1, 1) for s in channel_statistics(channels))
-    truth = gather(patches, masked)
-
-    def image(masked_patches: Tensor, visible_patches: Tensor) -> Tensor:
-        whole = torch.empty_like(patches)
-        for indices, values in ((masked, masked_patches), (visible, visible_patches)):
-            whole.scatter_(1, indices.unsqueeze(-1).expand_as(values), values)
-        return unpatchify(whole, image_size, patch_size) * deviation
-
-    seen, nothing = gather(patches, visible), torch.zeros_like(gather(patches, visible))
-    grey = unpatchify(torch.zeros_like(patches), image_size, patch_size) + GREY
-    hidden = image(torch.ones_like(truth), nothing) != 0
-    original = image(truth, seen) + mean
-    result = [Panel("original", original), Panel("masked", torch.where(hidden, grey, original))]
-    for number, term in enumerate(terms, start=1):
-        parts = [predictions[decoder - 1].float() for decoder in term.decoders]
-        total = to_pixels(torch.stack(parts).sum(0), truth, target)
-        label = f"pair {number}: " if len(terms) > 1 else ""
-        if len(parts) == 2:
-            main = to_pixels(parts[0], truth, target)
-            result.append(Panel(f"{label}main", image(main, seen) + mean))
-            result.append(Panel("residual", image(total - main, nothing) + GREY))
-        result.append(Panel("sum" if len(parts) > 1 else f"{label}reconstruction", image(total, seen) + mean))
-    return result
+from mirl.training.reconstructions import Panel, to_rgb
 
 
 def draw(columns: Sequence[Panel], path: Path, title: str) -> None:
@@ -79,9 +23,8 @@ def draw(columns: Sequence[Panel], path: Path, title: str) -> None:
     axes = figure.subplots(rows, len(columns), squeeze=False)
     for j, panel in enumerate(columns):
         axes[0, j].set_title(panel.title, fontsize=7)
-        for i, image in enumerate(panel.images.clamp(0, 1)):
-            pixels = image[:3].permute(1, 2, 0) if len(image) >= 3 else image[0]
-            axes[i, j].imshow(pixels.cpu().numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        for i, pixels in enumerate(to_rgb(panel.images)):
+            axes[i, j].imshow(pixels.numpy(), interpolation="nearest")
             axes[i, j].axis("off")
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png")
@@ -95,9 +38,8 @@ def contact_sheet(images: Tensor, captions: Sequence[str], path: Path, title: st
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for place in axes:
         place.axis("off")
-    for place, image, caption in zip(axes, images, captions, strict=False):
-        pixels = image[:3].permute(1, 2, 0) if len(image) >= 3 else image[0]
-        place.imshow(pixels.cpu().numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    for place, pixels, caption in zip(axes, to_rgb(images / 255), captions, strict=False):
+        place.imshow(pixels.numpy(), interpolation="nearest")
         place.set_title(caption, fontsize=6, parse_math=False)
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png")
@@ -140,3 +82,30 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def _curve(axes: Any, rows: Sequence[dict[str, Any]], name: str, **style: Any) -> None:
     known = [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
     axes.plot(*zip(*known, strict=True), linewidth=0.8, markersize=3, **style) if known else None
+
+
+def draw_gradients(runs: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:
+    """Draw the gradient norm of the encoder over epochs, and of each block, to a PNG. Paper: Appendix C.
+
+    Args:
+        runs: rows of metrics.jsonl by the name of their run; the blocks' norms are means over the run.
+    """
+    figure = Figure(figsize=(9, 3.4), dpi=120, layout="constrained")
+    over_time, by_block = figure.subplots(1, 2)
+    for name, rows in runs.items():
+        known = [row for row in rows if row["kind"] == "gradients"]
+        over_time.plot([row["epoch"] for row in known], [row["encoder"] for row in known], linewidth=0.8, label=name)
+        means = [sum(norms) / len(norms) for norms in zip(*(row["blocks"] for row in known), strict=True)]
+        by_block.plot(range(1, len(means) + 1), means, marker=".", linewidth=1, label=name)
+    over_time.set(title="gradient norm of the encoder", xlabel="epoch")
+    by_block.set(title="gradient norm of each block, mean over the run", xlabel="block")
+    by_block.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (over_time, by_block):
+        axes.set_yscale("log")
+        axes.title.set_size(9)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.3)
+        if len(runs) > 1:
+            axes.legend(fontsize=8)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png")

@@ -1,14 +1,16 @@
 """The run folder: who may write it, what it holds, how a run is found again.
 
 config.yaml  log.txt  metrics.jsonl  tensorboard/  checkpoints/  encoder/  autoencoder.safetensors  pictures/
+report.html
 """
 
 import json
 import logging
 import math
 import shutil
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from rich.console import Console
@@ -19,7 +21,9 @@ from mirl.training.checkpoints import atomic
 ENTRIES = (
     *("config.yaml", "log.txt", "metrics.jsonl", "tensorboard", "checkpoints", "encoder", "autoencoder.safetensors"),
     *("encoder.tmp", "pictures", "results.json", "readouts", "evaluations"),
+    *("report.html", "reconstructions", "diagnosis"),
 )
+Incident = Literal["resumed", "stopped", "skipped step", "unusable file", "memory"]
 console = Console(highlight=False, soft_wrap=True, emoji=False)  # "shapes:100" is not an emoji
 
 
@@ -90,6 +94,12 @@ class RunFolder:
             console.print(line, markup=False)
             self._log.info(line)
 
+    def incident(self, step: int, what: Incident, line: str, *, quiet: bool = False) -> None:
+        """Say `line`, or only note it, and record it: what the report lists as having happened at `step`."""
+        (self.note if quiet else self.say)(line)
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        self.record({"kind": "incident", "step": step, "time": now, "what": what, "text": line})
+
     def note(self, line: str) -> None:
         """Keep `line` in log.txt without printing it."""
         if self.writes:
@@ -131,9 +141,19 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """Return the settings of the run in folder `path`."""
     try:
         return dict(yaml.safe_load((Path(path) / "config.yaml").read_text()))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{path} holds no run (no config.yaml); give a folder that `mirl pretrain --out` wrote"
         ) from error
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise UserError(f"{path}/config.yaml cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def duration(seconds: float) -> str:
+    """Write seconds as people do: 45 s, 12 min, 3 h 20 min, 2 d 4 h."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if minutes < 100:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

@@ -4,9 +4,11 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Generic
 
 import torch
+from timm.models import VisionTransformer
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -27,6 +29,11 @@ class Task(ABC, Generic[B]):
 
     model: nn.Module
     average: ModelEmaV3 | None = None
+
+    @property
+    def encoder(self) -> VisionTransformer | None:
+        """The part of the model whose blocks' gradients are followed, if there is one."""
+        return None
 
     def prepare(self, batch: B) -> B:
         """Return what the loss sees of a training batch: a function of the batch, on the same device."""
@@ -93,6 +100,32 @@ def _try(fabric: Fabric, task: Task[B], images: int) -> float | None:
         task.model.zero_grad()
 
 
+@dataclass(frozen=True)
+class Step:
+    """What an optimizer step leaves to record.
+
+    Attributes:
+        means: of each recorded value over the batch; norm: of the gradient, before clipping.
+        blocks: gradient norm of the whole encoder, then of each of its blocks; None if they were not measured.
+    """
+
+    means: dict[str, float]
+    norm: float
+    blocks: list[float] | None = None
+
+    @property
+    def finite(self) -> bool:
+        """Whether the step was taken: a loss can overflow where its gradient does not, and the other way round."""
+        return math.isfinite(self.means["loss"]) and math.isfinite(self.norm)
+
+
+def block_norms(encoder: VisionTransformer) -> list[float]:
+    """Return the gradient norm of the encoder, then of each of its blocks. Paper: Appendix C."""
+    modules = [encoder, *encoder.blocks]
+    gradients = [[p.grad for p in module.parameters() if p.grad is not None] for module in modules]
+    return torch.stack([torch.nn.utils.get_total_norm(group) for group in gradients]).tolist()
+
+
 class Accumulator(Generic[B]):
     """Gradients of a step over its micro-batches; computes smaller pieces at once when a GPU's memory is short."""
 
@@ -109,21 +142,26 @@ class Accumulator(Generic[B]):
         self.clip = clip_grad or math.inf
         self.piece = 0  # images computed at once; 0: whole micro-batches
 
-    def step(self, chunks: list[B], key: tuple[int, ...]) -> tuple[dict[str, float], float]:
-        """Do one optimizer step; return the mean of each recorded value and the gradient norm before clipping.
+    def step(self, chunks: list[B], key: tuple[int, ...], *, number: int, by_block: bool = False) -> Step:
+        """Do optimizer step `number`, and measure each block's gradient if `by_block`.
 
         Whatever is random in it (drop path, mixing) is a function of `key`, so that a resumed run repeats it.
         """
         while (means := self._gradients_that_fit(chunks, key)) is None:
-            self._halve(len(chunks[0]))
+            self._halve(len(chunks[0]), number)
         total = self.fabric.clip_gradients(self.model, self.optimizer, max_norm=self.clip, error_if_nonfinite=False)
         assert total is not None
         norm = float(total)
+        blocks = None
+        if by_block and self.task.encoder is not None and math.isfinite(norm):
+            clipped = max(1.0, norm / self.clip)  # what clipping has divided by
+            blocks = [value * clipped for value in block_norms(self.task.encoder)]
+        step = Step(means, norm, blocks)
         # The fp16 loss scaler must see an overflow to lower its scale; it skips the update itself.
-        if is_finite(means, norm) or self.fabric.strategy.precision.state_dict():
+        if step.finite or self.fabric.strategy.precision.state_dict():
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return means, norm
+        return step
 
     def _gradients_that_fit(self, chunks: list[B], key: tuple[int, ...]) -> dict[str, float] | None:
         try:
@@ -151,7 +189,7 @@ class Accumulator(Generic[B]):
         for chunk in chunks:
             yield from self.task.prepare(chunk.to(self.fabric.device)).pieces(self.piece or len(chunk))
 
-    def _halve(self, micro_batch: int) -> None:
+    def _halve(self, micro_batch: int, step: int) -> None:
         size = self.piece or micro_batch
         if size == 1 or self.fabric.world_size > 1:  # processes must agree on the number of pieces
             remedy = "a smaller model or image" if size == 1 else f"--micro_batch {max(1, size // 2)}"
@@ -159,7 +197,7 @@ class Accumulator(Generic[B]):
         self.piece = size // 2
         self.optimizer.zero_grad()
         torch.cuda.empty_cache()
-        self.run.say(f"out of GPU memory with {size} images at once; going on with {self.piece}")
+        self.run.incident(step, "memory", f"out of GPU memory with {size} images at once; going on with {self.piece}")
 
     @torch.no_grad()
     def culprits(self, chunks: list[B], key: tuple[int, ...]) -> list[str]:
@@ -170,8 +208,3 @@ class Accumulator(Generic[B]):
                 finite = self.task.loss(self.model, piece)["loss"].isfinite().tolist()
                 names += [name for name, good in zip(self.task.names(piece), finite, strict=True) if not good]
         return names
-
-
-def is_finite(means: dict[str, float], norm: float) -> bool:
-    """Tell whether a step may be taken: a loss can overflow where its gradient does not, and the other way round."""
-    return math.isfinite(means["loss"]) and math.isfinite(norm)

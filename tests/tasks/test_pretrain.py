@@ -22,7 +22,7 @@ from mirl.models.patches import gather, patchify
 from mirl.objectives.pixels import pixel_target, reconstruction_loss
 from mirl.tasks.pretrain import PretrainTask, split_off_held_out
 from mirl.tasks.settings import Pretraining, Resolved, autoencoder_of, resolve
-from mirl.training.pictures import panels
+from mirl.training.reconstructions import compose, panels
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +56,16 @@ def test_a_run_leaves_every_file(run):
 
 
 def test_pictures_show_the_held_out_images_as_often_as_they_are_evaluated(run):
-    names = {"blocks", "curves", *(f"step_{k:08d}" for k in (0, 6, 12))}
+    names = {"blocks", "curves", "gradients", "panels", *(f"step_{k:08d}" for k in (0, 6, 12))}
     assert {path.stem for path in (run / "pictures").iterdir()} == names
-    for path in (run / "pictures").iterdir():
+    for path in (run / "pictures").glob("*.png"):
         with Image.open(path) as picture:
             assert np.asarray(picture).std() > 1 and picture.width > picture.height  # 5 columns, 2 rows
+    recorded = rows(run, "pictures")
+    assert [row["file"] for row in recorded] == [f"pictures/panels/step_{k:08d}.webp" for k in (0, 6, 12)]
+    for row in recorded:
+        with Image.open(run / row["file"]) as atlas:
+            assert atlas.size == (len(row["panels"]) * row["width"], row["images"] * row["height"])
 
 
 def test_every_step_is_recorded_with_finite_numbers(run):
@@ -203,8 +208,9 @@ def test_the_loss_and_pictures_stay_on_the_device():
         terms = mirl.methods.mirl(2, 2).terms
         target = pixel_target(gather(patches, masked), "normalised")
         loss, _ = reconstruction_loss(predictions, target, terms)
-        columns = panels(
-            patches, visible, masked, predictions, terms, target="normalised", image_size=(16, 16), patch_size=(4, 4),
+        everywhere = [torch.zeros(2, 16, 48, device="cuda")] * 2
+        columns = panels(compose(
+            patches, visible, masked, everywhere, terms, target="normalised", image_size=(16, 16), patch_size=(4, 4),
             channels=3,
-        )  # fmt: skip
+        ))  # fmt: skip
     assert {tensor.device.type for tensor in (loss, *(panel.images for panel in columns))} == {"cuda"}

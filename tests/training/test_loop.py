@@ -2,6 +2,7 @@
 
 import json
 import math
+from datetime import datetime
 
 import pytest
 import torch
@@ -164,6 +165,16 @@ def test_a_non_finite_loss_skips_the_step_and_names_the_image(run):
     assert "step 2 skipped: the loss of image_17.png is not finite (1 skipped so far)" in log(run)
     assert [row["loss"] is not None for row in rows] == [True, False, True]  # NaN is null in JSON
     assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_what_happened_is_recorded_with_its_step(run):
+    memory = train(run, Regression(fits=6), steps=1)[1]
+    assert memory.skipped == 0
+    train(run, Regression(broken=[17]), steps=3, batches=[chunk(range(k, k + 12)) for k in (0, 12, 24)])
+    incidents = [row for row in run.rows() if row["kind"] == "incident"]
+    assert [(row["what"], row["step"]) for row in incidents] == [("memory", 1), ("skipped step", 2)]
+    assert incidents[1]["text"] in log(run) and "image_17.png" in incidents[1]["text"]
+    assert all(datetime.fromisoformat(row["time"]).tzinfo for row in incidents)
 
 
 def test_a_skipped_step_changes_nothing(run, tmp_path):

@@ -1,65 +1,12 @@
-"""Pictures show pixels: predictions get their patches' statistics back, visible patches are the image's own."""
+"""Pictures of a run are readable, whatever there is to draw."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from mirl.data.transforms import channel_statistics, normalise
-from mirl.methods import Term
-from mirl.models.masking import split
-from mirl.models.patches import gather, patchify
-from mirl.objectives.pixels import pixel_target
-from mirl.training.pictures import contact_sheet, draw, draw_curves, panels
-
-SIZES = {"image_size": (16, 24), "patch_size": (4, 8)}
-
-
-def scene(channels: int, target: str):
-    torch.manual_seed(0)
-    images = torch.randint(256, (2, channels, 16, 24), dtype=torch.uint8)
-    patches = patchify(normalise(images, channels), SIZES["patch_size"])
-    visible, masked = split(torch.rand(2, patches.shape[1]), 0.75)
-    truth = pixel_target(gather(patches, masked), target)
-    return images / 255, (patches, visible, masked), truth, {"target": target, "channels": channels, **SIZES}
-
-
-@pytest.mark.parametrize("target", ["normalised", "raw"])
-@pytest.mark.parametrize("channels", [1, 3, 5])
-def test_a_perfect_pair_sums_to_the_original(channels, target):
-    images, masks, truth, options = scene(channels, target)
-    main = truth * 0.5
-    columns = panels(*masks, [main, truth - main], [Term((1, 2), 1.0)], **options)
-    shown = {panel.title: panel.images for panel in columns}
-    assert list(shown) == ["original", "masked", "main", "residual", "sum"]
-    torch.testing.assert_close(shown["original"], images, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(shown["sum"], images, atol=1e-4, rtol=1e-3)
-    # what the main component lacks is what the residual, centred on grey, adds
-    torch.testing.assert_close(shown["main"] + shown["residual"] - 0.5, images, atol=1e-4, rtol=1e-3)
-
-
-def test_masked_patches_are_grey_and_visible_ones_are_shown():
-    images, (patches, visible, masked), truth, options = scene(3, "normalised")
-    shown = panels(patches, visible, masked, [truth], [Term((1,), 1.0)], **options)[1].images
-    cut = patchify(shown, SIZES["patch_size"])
-    assert torch.all(gather(cut, masked) == 0.5)
-    torch.testing.assert_close(gather(cut, visible), gather(patchify(images, SIZES["patch_size"]), visible))
-
-
-def test_a_residual_of_nothing_is_grey():
-    _, masks, truth, options = scene(3, "normalised")
-    residual = panels(*masks, [truth, torch.zeros_like(truth)], [Term((1, 2), 1.0)], **options)[3]
-    torch.testing.assert_close(residual.images, torch.full_like(residual.images, 0.5))
-
-
-@pytest.mark.parametrize("channels", [1, 3, 5])
-def test_a_picture_is_a_readable_png(channels, tmp_path):
-    _, masks, truth, options = scene(channels, "normalised")
-    draw(panels(*masks, [truth], [Term((1,), 1.0)], **options), tmp_path / "picture.png", "a title")
-    with Image.open(tmp_path / "picture.png") as image:
-        assert image.format == "PNG"
-        assert min(image.size) > 100
-    assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
+from mirl.training.pictures import contact_sheet, draw, draw_curves, draw_gradients
+from mirl.training.reconstructions import Panel
 
 
 def pixels(path):
@@ -100,5 +47,19 @@ def test_curves_are_drawn_of_whatever_there_is(rows, tmp_path):
     assert pixels(tmp_path / "curves.png").std() > 5
 
 
-def test_rgb_statistics_are_imagenets():
-    assert channel_statistics(3)[0] == (0.485, 0.456, 0.406)
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_a_picture_is_a_readable_png(channels, tmp_path):
+    columns = [Panel(title, torch.rand(2, channels, 16, 24)) for title in ("original", "masked", "sum")]
+    draw(columns, tmp_path / "picture.png", "a title")
+    height, width, _ = pixels(tmp_path / "picture.png").shape
+    assert min(height, width) > 100 and width > height
+    assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
+
+
+@pytest.mark.parametrize("names", [["run"], ["run", "another"]])
+def test_gradients_are_drawn_of_one_run_and_of_two(names, tmp_path):
+    rows = [{"kind": "gradients", "epoch": k, "encoder": 2.0 / (k + 1), "blocks": [0.1, 0.2 * k + 0.1, 0.3]}
+            for k in range(4)]  # fmt: skip
+    others = [{"kind": "train", "epoch": 0, "loss": 1.0}]
+    draw_gradients({name: [*others, *rows] for name in names}, tmp_path / "gradients.png")
+    assert pixels(tmp_path / "gradients.png").std() > 5
