@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint
+.PHONY: setup browser demo test lint
 
 # Everything is installed once; constraints.txt pins what it was tested with.
 setup: .venv/installed
@@ -17,8 +17,14 @@ demo: setup
 	$(BIN)/mirl pretrain --config recipes/pretrain/demo.yaml --out runs/demo --overwrite
 	$(BIN)/python examples/read_out.py runs/demo
 
+# Tests look at the report and the app in a real browser, and say that they skip where there is none.
+browser:
+	@if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+		echo "installing chromium for the tests"; \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; fi
+
 # A process for each core, each with one thread: more threads than cores make PyTorch ten times slower.
-test: setup
+test: setup browser
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 
 lint: setup

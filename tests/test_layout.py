@@ -12,12 +12,14 @@ LAYERS = [
     ["mirl.methods", "mirl.models.patches", "mirl.models.masking"],
     ["mirl.models", "mirl.objectives"],
     ["mirl.data", "mirl.training", "mirl.heads"],
+    ["mirl.reports"],
     ["mirl.formats"],
     ["mirl.tasks"],
     ["mirl.analysis"],
     ["mirl.cli", "mirl"],
 ]
 DOORS = {
+    "bokeh": "mirl.reports.charts",
     "lightning_fabric": "mirl.training.processes",
     "jsonargparse": "mirl.cli",
     "tensorboard": "mirl.training.monitors",

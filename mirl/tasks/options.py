@@ -16,7 +16,7 @@ Precision = Literal["32", "bf16", "16"]
 # Options of one start, not of the run; the others that may change when a run is resumed.
 OF_THIS_START = {"resume", "overwrite", "download", "devices", "num_nodes", "workers"}
 FREE = {"out", "checkpoint_minutes", "checkpoint_steps", "max_bad", "micro_batch", "clip_grad", "evaluate_epochs",
-        "precision", "block_figures", "labelled"}  # fmt: skip
+        "precision", "block_figures", "labelled", "report"}  # fmt: skip
 NOT_SAVED = {"resume", "overwrite", "download"}
 
 Ranges = dict[str, tuple[Callable[[Any], bool], str]]
@@ -92,6 +92,8 @@ class RunOptions(Options):
     """epochs between evaluations with pictures; by default 20 times in a run"""
     max_bad: float = 0.1
     """share of unusable files above which the run stops"""
+    report: bool = True
+    """write report.html at the end, however the run ends"""
 
     def ranges(self) -> Ranges:
         """Return what is allowed for numbers of every run."""

@@ -9,11 +9,11 @@ import torch
 
 from mirl.data.loading import B, StepSampler, Views, load
 from mirl.errors import UserError
+from mirl.reports.page import write_report
 from mirl.tasks.options import ResolvedRun
 from mirl.training import loop
-from mirl.training.monitors import duration
 from mirl.training.processes import Fabric
-from mirl.training.runs import RunFolder
+from mirl.training.runs import RunFolder, duration
 from mirl.training.steps import Task, probe
 
 LONG = 24 * 3600  # seconds after which a run deserves a warning
@@ -71,7 +71,20 @@ def carry_out(fabric: Fabric, settings: ResolvedRun, task: RunnableTask[B], run:
             f"cannot write to {run.path}: {error.strerror}; the last checkpoint is kept; free space, then add --resume"
         ) from error
     finally:
+        if fabric.is_global_zero and settings.report:
+            leave_report(run)
         run.close()
+
+
+def leave_report(run: RunFolder) -> None:
+    """Write report.html if anything was measured; if it cannot be written, say so: the run itself is whole."""
+    if not run.rows():
+        return
+    try:
+        write_report(run.path)
+    except Exception as error:  # whatever is wrong with a page must not fail days of training
+        reason = " ".join(str(error).split()) or type(error).__name__
+        run.say(f"report.html could not be written ({reason}); try mirl report {run.path}")
 
 
 def _machine(fabric: Fabric, settings: ResolvedRun, seconds: float) -> list[str]:
@@ -100,7 +113,7 @@ def _train(fabric: Fabric, settings: ResolvedRun, task: RunnableTask[B], run: Ru
         run.say(f"the run is complete ({steps} steps); a longer one needs another --out")
         return
     if progress.step:
-        run.say(f"resumed at step {progress.step} of {steps}")
+        run.incident(progress.step, "resumed", f"resumed at step {progress.step} of {steps}")
     plan = loop.Plan(
         steps=steps,
         steps_per_epoch=steps_per_epoch,

@@ -26,7 +26,7 @@ PATTERNS = {
 PLAIN = {
     "randaugment": "none", "erasing": 0.0, "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0, "drop_path": 0.0,
     "min_crop": 1.0, "flip": False, "precision": "32", "workers": 0, "batch_size": 16, "epochs": 6, "base_lr": 3.2e-2,
-    "evaluate_epochs": 6,
+    "evaluate_epochs": 6, "report": False,
 }  # fmt: skip
 
 

@@ -1,0 +1,214 @@
+"""The sections of the page, for one run or for several: what each shows, how to read it, and why it may be empty."""
+
+import re
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mirl.reports import depth, tables
+from mirl.reports.charts import Chart
+from mirl.reports.contents import Run
+from mirl.reports.curves import curves
+from mirl.reports.panels import Gallery, Sheet, sheet
+from mirl.reports.tables import Table, quoted
+
+# What a run says at its end: an indented block of code after a line that begins with "done:".
+USE = re.compile(r"^done: .*\n\n((?: {4}.*\n|\n)+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of the page.
+
+    Attributes:
+        anchor, title: for the navigation and the heading; reading: how to read it, in a sentence.
+        lines: short findings, before everything else; code: to copy.
+        missing: why there is nothing to show; shown where there is not.
+    """
+
+    anchor: str
+    title: str
+    reading: str
+    lines: tuple[str, ...] = ()
+    charts: tuple[Chart, ...] = ()
+    galleries: tuple[Gallery, ...] = ()
+    sheets: tuple[Sheet, ...] = ()
+    tables: tuple[Table, ...] = ()
+    code: str = ""
+    missing: str = ""
+
+    @property
+    def empty(self) -> bool:
+        return not (self.lines or self.charts or self.galleries or self.sheets or self.tables or self.code)
+
+
+def sections(runs: Sequence[Run]) -> list[Section]:
+    """Return the sections of a report on `runs`; that of pictures lacks the reconstructions."""
+    several = len(runs) > 1
+    training = [
+        _curves(runs),
+        reconstructions(runs, [Gallery(run.name) for run in runs]),
+        _blocks(runs),
+        _gradients(runs),
+        _diagnosis(runs),
+        _evaluation(runs),
+    ]
+    if several:
+        return [_differences(runs), *training, _incidents(runs)]
+    (run,) = runs
+    return [*training, _use(run), _options(run), _skipped(run), _incidents(runs)]
+
+
+def _curves(runs: Sequence[Run]) -> Section:
+    reading = (
+        "The training loss should fall and the held-out loss with it: a held-out loss that rises again while the "
+        "training loss falls is overfitting. Faint lines are single steps, strong ones averages, dots evaluations."
+        if len(runs) == 1
+        else "One colour for each run; in the charts of losses dots are held-out images and faint lines training. "
+        "Losses compare only between runs of the same data, target and mask ratio."
+    )
+    missing = "No step is recorded yet: metrics.jsonl is missing or empty."
+    return Section("curves", "Learning curves", reading, charts=tuple(curves(runs)), missing=missing)
+
+
+def reconstructions(runs: Sequence[Run], shown: Sequence[Gallery]) -> Section:
+    """Show held-out images as the model fills them in, or the pictures of the last evaluation where it does not."""
+    reading = "Held-out images, never trained on, and what the decoder makes of the patches that are not masked."
+    if any(run.config.get("method") == "mirl" for run in runs):
+        reading = (
+            "Held-out images, never trained on. The shallow half of the encoder predicts the main component, the deep "
+            "half the residual that it missed, drawn around grey; the loss compares their sum with the original."
+        )
+    galleries: list[Gallery] = []
+    sheets: list[Sheet] = []
+    lines: list[str] = []
+    for run, gallery in zip(runs, shown, strict=True):
+        name = f"{run.name}: " if len(runs) > 1 else ""
+        lost = ", ".join(gallery.unreadable[:3])
+        if gallery.unreadable:
+            lines.append(f"{name}{len(gallery.unreadable)} pictures could not be read, e.g. {lost}.")
+        if gallery.cells:
+            galleries.append(gallery)
+        elif found := _last_picture(run, len(runs)):
+            sheets.append(found)
+            if not run.pretraining:
+                reading = "What the classifier is shown at the last evaluation and says of it, with the truth if wrong."
+    missing = "No pictures yet: they are written at each evaluation."
+    return Section(
+        "pictures", "Reconstructions" if any(run.pretraining for run in runs) else "Pictures", reading, tuple(lines),
+        galleries=tuple(galleries), sheets=tuple(sheets), missing=missing,
+    )  # fmt: skip
+
+
+def _last_picture(run: Run, sharing: int) -> Sheet | None:
+    paths = sorted(run.folder.glob("pictures/step_*.png"))
+    step = paths[-1].stem.removeprefix("step_").lstrip("0") or "0" if paths else ""
+    return sheet(paths[-1], f"{run.name}: pictures of held-out images at step {step}", sharing) if paths else None
+
+
+def _blocks(runs: Sequence[Run]) -> Section:
+    reading = (
+        "Each block of the encoder from shallow to deep. A rank that falls or a similarity near one says that "
+        "tokens lose what tells them apart; read-outs that no longer rise, that deeper blocks add little for classes."
+    ) + (" Each run at its last evaluation." if len(runs) > 1 else " Colours are moments of the training.")
+    missing = (
+        "No figures of blocks: mirl pretrain records them at each evaluation unless --block_figures is false."
+        if any(run.pretraining for run in runs)
+        else "Fine-tuning records no figures of blocks; the report of the pre-training run may have them."
+    )
+    return Section(
+        "blocks", "What each block learns", reading, charts=tuple(depth.block_figures(runs)), missing=missing
+    )
+
+
+def _gradients(runs: Sequence[Run]) -> Section:
+    reading = (
+        "How large the gradient of each block is before clipping: blocks with a small one are trained by little but "
+        "weight decay. The paper's appendix C compares residual learning with a single loss in this way."
+    )
+    missing = "No gradient norms of blocks are recorded: the run has no step yet, or was made by an earlier release."
+    return Section("gradients", "Gradients of blocks", reading, charts=tuple(depth.gradients(runs)), missing=missing)
+
+
+def _diagnosis(runs: Sequence[Run]) -> Section:
+    """Show what `mirl diagnose` found, where it was asked."""
+    lines: list[str] = []
+    sheets: list[Sheet] = []
+    for run in runs:
+        name = f"{run.name}: " if len(runs) > 1 else ""
+        for document in run.documents("diagnosis/diagnosis.json").found.values():
+            encoders = document.get("encoders")
+            for found in encoders if isinstance(encoders, list) else ():
+                lines += [f"{name}{line}" for line in found.get("verdict") or ()]
+        if picture := sheet(
+            run.folder / "diagnosis" / "diagnosis.png", f"{run.name}: charts of the diagnosis", len(runs)
+        ):
+            sheets.append(picture)
+    reading = "Which blocks learned, in words and charts, measured on whole images after the training."
+    missing = (
+        f"No diagnosis yet: mirl diagnose --weights {quoted(runs[0].folder)} --data IMAGES tells which blocks learned."
+    )
+    return Section("diagnosis", "Diagnosis", reading, tuple(lines), sheets=tuple(sheets), missing=missing)
+
+
+def _evaluation(runs: Sequence[Run]) -> Section:
+    reading = (
+        "How often the first guess is right on test images. Where two intervals overlap widely, the difference may be "
+        "chance; intervals say nothing about other seeds."
+    )
+    unreadable = [
+        f"{path} of {run.name} could not be read."
+        for run in runs
+        for pattern in ("results.json", "readouts/*.json", "evaluations/*/*.json")
+        for path in run.documents(pattern).unreadable
+    ]
+    weights = quoted(runs[0].folder)
+    missing = (
+        f"No evaluation yet: mirl knn --weights {weights} --data LABELLED tells in one pass what the features know."
+        if runs[0].pretraining
+        else f"No evaluation yet: results.json is written at the end; mirl evaluate --weights {weights} --data OTHER."
+    )
+    return Section(
+        "evaluation", "Evaluation", reading, tuple(unreadable), charts=tuple(depth.read_outs(runs)),
+        tables=tuple(tables.results(runs)), missing=missing,
+    )  # fmt: skip
+
+
+def _differences(runs: Sequence[Run]) -> Section:
+    reading = "A difference in the curves can come from any of these options; the others are the same in all runs."
+    table = tables.differences(runs)
+    missing = "The runs have the same options."
+    return Section("options", "What differs", reading, tables=(table,) if table.rows else (), missing=missing)
+
+
+def _use(run: Run) -> Section:
+    reading = "Paste this into Python; timm opens the folder, nothing of mirl is needed."
+    found = USE.findall(run.log)
+    code = textwrap.dedent(found[-1]).strip() if found else ""
+    written = Path(str(run.config.get("out", "")))  # the folder may have been moved since
+    code = code.replace(f"local-dir:{written / 'encoder'}", f"local-dir:{run.folder / 'encoder'}")
+    code = code.replace(f"--weights {written} ", f"--weights {quoted(run.folder)} ")
+    missing = "There is no encoder yet: it is written at the end of the run."
+    return Section("use", "Use the encoder", reading, code=code if run.finished else "", missing=missing)
+
+
+def _options(run: Run) -> Section:
+    command = "pretrain" if run.pretraining else "finetune"
+    code = f"mirl {command} --config {quoted(run.folder / 'config.yaml')} --out runs/again"
+    reading = "Every option with the value that was used; the line repeats the run."
+    return Section("options", "Configuration", reading, code=code, tables=(tables.options(run),))
+
+
+def _skipped(run: Run) -> Section:
+    table = tables.skipped(run)
+    reading = "Files that could not be used; another image took the place of each."
+    missing = "None: every image that was asked for could be read."
+    return Section("skipped", "Images left out", reading, tables=(table,) if table else (), missing=missing)
+
+
+def _incidents(runs: Sequence[Run]) -> Section:
+    table = tables.incidents(runs)
+    reading = "Stops, resumptions, skipped steps and shortages of memory, in their order."
+    missing = "None is recorded: no stop, no skipped step, no shortage of memory."
+    return Section("incidents", "Incidents", reading, tables=(table,) if table else (), missing=missing)

@@ -1,0 +1,93 @@
+"""Run folders written by hand: everything that a run records, in any number, in no time."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import yaml
+from PIL import Image
+
+TITLES = ["original", "masked", *(f"pair {pair}: {part}" for pair in (1, 2) for part in ("main", "residual", "sum"))]
+CONFIG = {"data": "photos", "model": "vit_ti_12", "method": "mirl", "epochs": 4, "batch_size": 16, "segments": None}
+
+
+def write_run(
+    folder,
+    *,
+    steps=40,
+    evaluations=3,
+    blocks=6,
+    side=32,
+    images=3,
+    titles=TITLES,
+    finished=True,
+    seed=0,
+    alike=False,
+    **options,
+):
+    """Write a pre-training run of 4 epochs, its pictures noise, at all moments `alike` or not; return its folder."""
+    random = np.random.default_rng(seed)
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"out": str(folder)} | options))
+    (folder / "log.txt").write_text("2026-01-02 03:04:05 data      photos: 100 images\n")
+    if finished:
+        (folder / "encoder").mkdir()
+    rows = []
+    for step in range(1, steps + 1):
+        place = {"step": step, "epoch": 4 * step / steps}
+        loss = 1 / step + 0.5 + 0.02 * random.standard_normal()
+        pairs = {"pair_1": loss, "pair_2": loss + 0.1} if len(titles) > 5 else {}
+        rows.append({
+            "kind": "train", **place, "loss": loss, **pairs, "lr": 1e-3 * (1 - step / steps), "grad_norm": 2 / step,
+            "seconds": 2.0, "data_wait": 0.2, "images_per_second": 8 + random.random(),
+        })  # fmt: skip
+        if step % 10 == 1:
+            norms = (np.linspace(1, 0.1, blocks) / step).tolist()
+            rows.append({"kind": "gradients", **place, "encoder": 3 / step, "blocks": norms})
+    for step in np.linspace(0, steps, evaluations).astype(int).tolist():
+        place = {"step": step, "epoch": 4 * step / steps}
+        rows.append({"kind": "held_out", **place, "loss": 2 / (step + 1), **dict.fromkeys(pairs, 2 / (step + 1))})
+        rows.append({"kind": "blocks", **place, "rank": (10 + random.random(blocks)).tolist(),
+                     "similarity": random.random(blocks).tolist(), "linear": (40 + random.random(blocks)).tolist(),
+                     "knn": (30 + random.random(blocks)).tolist()})  # fmt: skip
+        name = f"pictures/panels/step_{step:08d}.webp"
+        if alike and step:
+            (folder / name).hardlink_to(folder / "pictures/panels/step_00000000.webp")
+        else:
+            write_atlas(folder / name, random, images, len(titles), side)
+        rows.append({"kind": "pictures", **place, "file": name, "panels": titles, "images": images, "height": side,
+                     "width": side})  # fmt: skip
+    write_rows(folder, rows)
+    return folder
+
+
+def write_rows(folder, rows):
+    """Append rows to metrics.jsonl."""
+    with open(Path(folder) / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def write_atlas(path, random, images, panels, side):
+    """Write cells of noise: the hardest to compress, and no two alike."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = random.integers(0, 256, (images * side, panels * side, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, format="WEBP", quality=85)
+
+
+def write_results(folder, *, data="labelled", top1=0.5, blocks=6):
+    """Write what probe, knn, evaluate and finetune leave."""
+    accuracy = {"top1": top1, "top5": None, "interval": [top1 - 0.1, top1 + 0.1], "images": 100,
+                "per_class": {"cat": 0.25, "dog": 0.75}}  # fmt: skip
+    by_block = {str(block): {"linear": accuracy | {"top1": block / 10}} for block in range(1, blocks + 1)}
+    documents = {
+        "readouts/probe_every_block.json": {"command": "probe", "options": {"data": data}, "blocks": by_block},
+        "readouts/knn.json": {"command": "knn", "options": {"data": data}, "blocks": {"6": {"k=10": accuracy}}},
+        "evaluations/other/results.json": {"data": data, "accuracy": accuracy, "calibration_error": 0.03,
+                                           "confidence": 0.53},
+        "results.json": {"data": data, "classes": 2, "weights": accuracy},
+    }  # fmt: skip
+    for name, document in documents.items():
+        path = Path(folder) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(document))
