@@ -45,14 +45,19 @@ def accuracy(scores: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> 
     order = np.argsort(-scores, axis=1, kind="stable")[:, :5]
     hits = order == labels[:, None]
     first = hits[:, 0]
-    interval = binomtest(int(first.sum()), len(labels)).proportion_ci(method="wilson")
     return Accuracy(
         top1=float(first.mean()),
         top5=float(hits.any(axis=1).mean()) if len(classes) > 5 else None,
-        interval=(float(interval.low), float(interval.high)),
+        interval=wilson(int(first.sum()), len(labels)),
         per_class={name: float(first[labels == i].mean()) for i, name in enumerate(classes) if (labels == i).any()},
         images=len(labels),
     )
+
+
+def wilson(right: int, images: int) -> tuple[float, float]:
+    """Return the 95 % confidence interval of a share of which `right` of `images` were seen."""
+    interval = binomtest(right, images).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from mirl.data.labels import LabelledSource
 from mirl.data.loading import LabelledBatch, LabelledImages, Views, collate
 from mirl.data.transforms import fixed_view, normalise
+from mirl.reports.depth import FIGURES
 from mirl.tasks.knn import vote
 from mirl.training.checkpoints import atomic
 from mirl.training.monitors import Monitor
@@ -38,12 +39,6 @@ ROWS = 2048  # patch tokens of which the effective rank is computed
 LABELLED = 3000  # most labelled images for the read-outs, two thirds of them to fit
 CHUNK = 32
 NEIGHBOURS, TEMPERATURE = 20, 0.07
-TITLES = {
-    "rank": "effective rank of tokens",
-    "similarity": "similarity of an image's tokens",
-    "linear": "linear read-out, %",
-    "knn": "k-NN read-out, %",
-}
 
 
 @dataclass(frozen=True)
@@ -78,11 +73,12 @@ class BlockMonitor:
     ) -> None:  # fmt: skip
         self.encoder, self.channels, self.precision = encoder, channels, precision
         view = partial(fixed_view, size=encoder.patch_embed.img_size)
-        self.images = _sample(Views(held_out.source, held_out.members, view), min(IMAGES, max(60, between // 20)))
+        seen = spread(held_out.members, min(IMAGES, max(60, between // 20)))
+        self.images = Views(held_out.source, seen, view)
         looked_at = min(LABELLED, max(600, between // 20))
         counts = (looked_at * 2 // 3, looked_at // 3)
         self.labelled = [
-            _sample(LabelledImages(split.source, split.members, view, labels=split.labels), count)
+            LabelledImages(split.source, spread(split.members, count), view, labels=split.labels)
             for split, count in zip(labelled or (), counts, strict=False)
         ]
         self.classes = len(labelled[0].classes) if labelled else 0
@@ -107,12 +103,10 @@ class BlockMonitor:
         ranks = [effective_rank(block) for block in look.rows.unbind(1)]
         found = {"rank": ranks, "similarity": look.similarity.tolist()}
         if labelled:
-            found |= {"linear": [], "knn": []}
             fit, test = labelled
             for a, b in zip(fit.means.unbind(1), test.means.unbind(1), strict=True):
-                found["linear"].append(100 * linear_accuracy(a, fit.labels, b, test.labels))
-                (votes,) = vote(a, fit.labels, b, self.classes, ks=[NEIGHBOURS], temperature=TEMPERATURE).values()
-                found["knn"].append(100 * float((votes.argmax(1) == test.labels).float().mean()))
+                for name, right in read_outs(a, fit.labels, b, test.labels, self.classes).items():
+                    found.setdefault(name, []).append(100 * float(right.float().mean()))
         run.record({"kind": "blocks", "step": step, "epoch": epoch, **found})
         for name, values in found.items():
             monitor.scalars(f"blocks_{name}", {f"{i:02}": value for i, value in enumerate(values, start=1)}, step)
@@ -160,15 +154,30 @@ def token_similarity(tokens: Tensor) -> Tensor:
     return (units.sum(dim=1).square().sum(dim=-1) - n) / (n * (n - 1))
 
 
+def read_outs(fit: Tensor, labels: Tensor, test: Tensor, truth: Tensor, classes: int) -> dict[str, Tensor]:
+    """Tell for each of the test images whether a linear and a k-NN read-out find its class, bool [t] each.
+
+    Args:
+        fit, test: features [n, d] and [t, d]; labels: [n]; truth: [t].
+    """
+    (votes,) = vote(fit, labels, test, classes, ks=[NEIGHBOURS], temperature=TEMPERATURE).values()
+    return {"linear": _ridge(fit, labels, test) == truth, "knn": votes.argmax(dim=1) == truth}
+
+
 def linear_accuracy(fit: Tensor, labels: Tensor, test: Tensor, truth: Tensor) -> float:
     """Return the share of `truth` [t] that a ridge classifier on features [n, d] finds."""
+    return float((_ridge(fit, labels, test) == truth).double().mean())
+
+
+def _ridge(fit: Tensor, labels: Tensor, test: Tensor) -> Tensor:
+    """Return the classes [t] that a ridge classifier finds; its penalty is chosen on the features to fit."""
     classifier = make_pipeline(StandardScaler(), RidgeClassifierCV(alphas=np.logspace(0, 5, 6)))
-    return float(classifier.fit(fit.numpy(), labels.numpy()).score(test.numpy(), truth.numpy()))
+    return torch.from_numpy(classifier.fit(fit.numpy(), labels.numpy()).predict(test.numpy()))
 
 
 def draw_blocks(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw each figure against the block's index, one line for each evaluation, to a PNG."""
-    names = [name for name in TITLES if name in rows[-1]]
+    names = [name for name in FIGURES if name in rows[-1]]
     figure = Figure(figsize=(3.1 * len(names) + 0.8, 3.2), dpi=120, layout="constrained")
     scale = Normalize(0, max(rows[-1]["epoch"], 1e-9))
     colours = colormaps["viridis_r"]
@@ -176,7 +185,7 @@ def draw_blocks(rows: list[dict[str, Any]], path: Path) -> None:
         for row in rows:
             blocks = range(1, len(row[name]) + 1)
             axes.plot(blocks, row[name], color=colours(scale(row["epoch"])), marker=".", markersize=3, linewidth=1)
-        axes.set_title(TITLES[name], fontsize=8)
+        axes.set_title(", ".join(FIGURES[name]), fontsize=8)
         axes.set_xlabel("block", fontsize=7)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.tick_params(labelsize=7)
@@ -186,7 +195,6 @@ def draw_blocks(rows: list[dict[str, Any]], path: Path) -> None:
         figure.savefig(temporary, format="png")
 
 
-def _sample(data: Views, count: int) -> Any:
-    """Keep `count` members, spread evenly."""
-    data.members = data.members[np.unique(np.linspace(0, len(data) - 1, count).astype(int))]
-    return data
+def spread(members: np.ndarray, count: int) -> np.ndarray:
+    """Keep at most `count` members, spread evenly."""
+    return members[np.unique(np.linspace(0, len(members) - 1, count).astype(int))]

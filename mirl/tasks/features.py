@@ -33,9 +33,25 @@ PIXEL_SIZE = 32
 
 
 @dataclass(frozen=True)
-class FeatureOptions(Options):
-    """Options of every command that reads features."""
+class ReadingOptions(Options):
+    """How a frozen encoder is run over images."""
 
+    image_size: int | tuple[int, int] | None = None
+    """pixels, one number or [height,width]; by default what the encoder was trained on"""
+    batch_size: int = 64
+    """images computed at once"""
+    workers: int | None = None
+    """data workers; by default one per core of a GPU, at most 16; on a CPU few or none"""
+    precision: Literal["32", "bf16"] = "32"
+    """of the encoder; bf16 is faster on a GPU"""
+
+    def ranges(self) -> Ranges:
+        """Return what is allowed for numbers."""
+        return {"batch_size": COUNT, "workers": NOT_NEGATIVE}
+
+
+@dataclass(frozen=True)
+class _Features:
     weights: str | None = None
     """run folder, its encoder/, a .safetensors file that a run wrote, a timm name, or `pixels` for raw pixels"""
     data: str = "shapes"
@@ -46,14 +62,13 @@ class FeatureOptions(Options):
     """mean over patch tokens, or the class token"""
     block: int | None = None
     """after which block, from 1; by default the last"""
-    image_size: int | tuple[int, int] | None = None
-    """pixels, one number or [height,width]; by default what the encoder was trained on"""
-    batch_size: int = 64
-    """images computed at once"""
-    workers: int | None = None
-    """data workers; by default one per core of a GPU, at most 16; on a CPU few or none"""
-    precision: Literal["32", "bf16"] = "32"
-    """of the encoder; bf16 is faster on a GPU"""
+
+
+# A dataclass lists its last base's fields first, and help should begin with what is read.
+@dataclass(frozen=True)
+class FeatureOptions(ReadingOptions, _Features):
+    """Options of every command that reads features."""
+
     out: str | None = None
     """where results go"""
 
@@ -66,11 +81,7 @@ class FeatureOptions(Options):
 
     def ranges(self) -> Ranges:
         """Return what is allowed for numbers."""
-        return {
-            "batch_size": COUNT,
-            "workers": NOT_NEGATIVE,
-            "block": (lambda x: x >= 1, "1 or more"),
-        }
+        return super().ranges() | {"block": COUNT}
 
 
 class FrozenEncoder:
@@ -82,6 +93,7 @@ class FrozenEncoder:
     Args:
         blocks: from 1, in order; by default the last one.
         pool: "mean" over patch tokens, "cls" token, or "patch": every patch token.
+        seed: of fresh weights.
 
     Raises:
         UserError: if the encoder has no such block or no class token, or its patches do not tile `image_size`.
@@ -96,6 +108,7 @@ class FrozenEncoder:
         pool: Pool = "mean",
         image_size: tuple[int, int] | None = None,
         precision: Literal["32", "bf16"] = "32",
+        seed: int = 0,
     ) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.size, self.channels, self.pool = image_size or weights.image_size, weights.channels, pool
@@ -106,7 +119,7 @@ class FrozenEncoder:
         if image_size is not None:
             check_sizes(image_size, weights.patch_size)
         self.encoder = weights.build(
-            trained=not untrained, num_classes=0, img_size=self.size, depth=self.blocks[-1]
+            trained=not untrained, seed=seed, num_classes=0, img_size=self.size, depth=self.blocks[-1]
         ).to(self.device)
         if pool == "cls" and not self.encoder.has_class_token:
             raise UserError("this encoder has no class token; give --pool mean")
@@ -186,7 +199,7 @@ class Cached:
     bad: tuple[tuple[str, str], ...]
 
 
-def cache(encoder: Encoder, split: LabelledSource, options: FeatureOptions, title: str) -> Cached:
+def cache(encoder: Encoder, split: LabelledSource, options: ReadingOptions, title: str) -> Cached:
     """Compute the features of a split once.
 
     Raises:

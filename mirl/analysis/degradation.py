@@ -1,0 +1,230 @@
+"""`mirl diagnose`: which blocks of an encoder learned? Paper: Sec. 2.2, Observations I to III, Figure 2.
+
+Whole images pass through the encoder and through the same one with fresh weights; rules read the figures of every
+block (`verdict.py`). With labels every block is read out, and with --reinit the last ones are replaced by fresh ones.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mirl.analysis.beginnings import distances, first_seed
+from mirl.analysis.diagnosis import Diagnosis, ReadOut
+from mirl.analysis.diagnosis_page import draw_page
+from mirl.analysis.reinitialisation import counts, reinitialise
+from mirl.analysis.representations import Observation, cka, finite, observe
+from mirl.analysis.side_by_side import compare_all
+from mirl.analysis.verdict import findings, idle_blocks, verdict
+from mirl.data.labels import LabelledSource, open_split
+from mirl.data.loading import Views
+from mirl.data.sources import open_source
+from mirl.data.transforms import fixed_view
+from mirl.errors import UserError
+from mirl.models.patches import pair
+from mirl.models.weights import Weights
+from mirl.tasks.accuracy import write_json
+from mirl.tasks.blocks import read_outs, spread
+from mirl.tasks.features import PIXELS, FrozenEncoder, ReadingOptions, cache
+from mirl.tasks.options import COUNT, SEED, Ranges
+from mirl.tasks.weights import open_weights
+from mirl.training.runs import console
+
+FITTED = 2 / 3  # share of the labelled images that read-outs are fitted on
+
+
+@dataclass(frozen=True)
+class _Diagnose:
+    weights: list[str] | str = ()  # type: ignore[assignment]
+    """one or several: run folder, its encoder/, official checkpoint, timm name, or what else `mirl convert` reads"""
+    data: str = "shapes"
+    """images: a folder, a glob, a list of paths, or `shapes`; for --labels class folders, as `mirl knn` reads them"""
+    labels: bool = False
+    """read every block out (linear, k-NN), as --reinit does too"""
+    val_fraction: float | None = None
+    """share of each class to test on, where class folders have no train/ and val/ or test/"""
+    images: int = 256
+    """most images to look at"""
+    labelled_images: int = 6000
+    """most images for read-outs, two thirds of them to fit"""
+
+    reinit: bool = False
+    """fine-tune with fresh weights in the last blocks (the paper's Figure 2); needs class folders"""
+    reinit_blocks: list[int] | None = None
+    """how many last blocks get fresh weights, e.g. [1,3]; by default up to half of them in four steps; 0 is added"""
+    seeds: int = 3
+    """fine-tunings of each; their spread decides what counts"""
+    reinit_epochs: int = 5
+    """of each fine-tuning"""
+
+
+@dataclass(frozen=True)
+class DiagnoseOptions(ReadingOptions, _Diagnose):
+    """Options of `mirl diagnose`."""
+
+    seed: int = 0
+    """of the split and, counted up, of fine-tunings"""
+    out: str | None = None
+    """folder; by default diagnosis/, in the run folder if that is the only --weights"""
+
+    def __post_init__(self) -> None:
+        given = [self.weights] if isinstance(self.weights, str | os.PathLike) else self.weights
+        object.__setattr__(self, "weights", [os.fspath(weights) for weights in given])
+        super().__post_init__()
+        if not self.weights:
+            raise UserError("--weights is missing; give a run folder or a timm name, or several")
+        if PIXELS in self.weights:
+            raise UserError("raw pixels have no blocks; give --weights of encoders")
+        places = [str(path.resolve()) if (path := Path(w).expanduser()).exists() else w for w in self.weights]
+        if twice := [w for w, place in zip(self.weights, places, strict=True) if places.count(place) > 1]:
+            raise UserError(f"--weights {twice[-1]} was given twice; leave one out")
+        if self.reinit_blocks is not None and not self.reinit:
+            raise UserError("--reinit_blocks has no effect without --reinit; add it, or leave out --reinit_blocks")
+        if self.val_fraction is not None and not (self.labels or self.reinit):
+            raise UserError("--val_fraction has no effect without --labels; add it, or leave out --val_fraction")
+
+    def ranges(self) -> Ranges:
+        """Return what is allowed for numbers."""
+        return super().ranges() | {
+            "val_fraction": (lambda x: 0 < x < 1, "more than 0 and less than 1"),
+            "labelled_images": (lambda x: x >= 3, "3 or more"),
+            "images": COUNT, "seeds": COUNT, "reinit_epochs": COUNT, "seed": SEED,
+        }  # fmt: skip
+
+    @property
+    def folder(self) -> Path:
+        """Where results go."""
+        if self.out:
+            return Path(self.out)
+        run = Path(self.weights[0]).expanduser()
+        return (run if len(self.weights) == 1 and (run / "config.yaml").exists() else Path()) / "diagnosis"
+
+
+def diagnose(**options: Any) -> dict[str, Diagnosis]:
+    """Say which blocks of an encoder learned, with figures of every block; of several encoders side by side.
+
+    Takes the fields of `mirl.DiagnoseOptions`, e.g. `mirl.diagnose(weights=["runs/a", "runs/b"], data="photos")`;
+    writes `diagnosis.png` and `diagnosis.json` and returns what was found by the weights' names.
+
+    Raises:
+        UserError: on a mistake in options, weights or data.
+    """
+    settings = DiagnoseOptions(**options)
+    opened = [open_weights(weights, say=console.print) for weights in settings.weights]
+    if settings.reinit:
+        for weights in opened:
+            counts(weights.depth, settings.reinit_blocks)  # a mistake is said before hours of work
+    names = _names(settings.weights)
+    diagnoses = [_examine(*each, settings) for each in zip(names, settings.weights, opened, strict=True)]
+    found = [findings(d) for d in diagnoses]
+    verdicts = {d.name: verdict(d, each) for d, each in zip(diagnoses, found, strict=True)}
+    compared = compare_all(diagnoses) if len(diagnoses) > 1 else []
+    for name, lines in verdicts.items():
+        console.print("\n".join([f"\n{name}: {lines[0]}", *(f"  - {line}" for line in lines[1:])]), markup=False)
+    if compared:
+        console.print("\n".join(["\nside by side:", *(f"  - {line}" for line in compared)]), markup=False)
+    results = [
+        _results(d) | {"findings": list(map(asdict, each)), "verdict": verdicts[d.name]}
+        for d, each in zip(diagnoses, found, strict=True)
+    ]
+    versions = {name: version(name) for name in ("torch", "timm", "mirl")}
+    about = {"options": asdict(settings), "versions": versions}
+    picture, table = (settings.folder / f"diagnosis.{end}" for end in ("png", "json"))
+    write_json(table, finite(about | {"encoders": results, "side_by_side": compared}))
+    draw_page(diagnoses, verdicts, compared, f"{settings.data}", picture)
+    console.print(f"\nsaved {picture} and {table}", markup=False)
+    return {d.name: d for d in diagnoses}
+
+
+def _examine(name: str, weights: str, opened: Weights, settings: DiagnoseOptions) -> Diagnosis:
+    """Measure one encoder."""
+    splits = None
+    if settings.labels or settings.reinit:
+        splits = open_split(
+            settings.data, channels=opened.channels, val_fraction=settings.val_fraction, seed=settings.seed
+        )
+        source, members = splits[1].source, splits[1].members
+    else:
+        source = open_source(settings.data, channels=opened.channels)
+        members = np.arange(len(source))
+    build = partial(
+        FrozenEncoder, opened, precision=settings.precision,
+        image_size=None if settings.image_size is None else pair(settings.image_size),
+    )  # fmt: skip
+    encoder = build(blocks=range(1, opened.depth + 1) if splits else ())
+    images = Views(source, spread(members, settings.images), partial(fixed_view, size=encoder.size))
+    seen = partial(observe, images=images, options=settings)
+    trained = seen(encoder, title=f"{name}: looking at blocks")
+    for file, reason in trained.bad:
+        console.print(f"left out {file}: {reason}", markup=False)
+    seed, unknown = first_seed(weights)
+    fresh, other = (seen(build(untrained=True, seed=(seed or 0) + i), title=f"{name}: fresh weights") for i in range(2))
+    measures = trained.measures()
+    reads, seconds = _read(encoder, splits, settings) if splits else ({}, 0.0)
+    trials = []
+    if settings.reinit:
+        assert splits is not None
+        trials = reinitialise(
+            weights, settings.folder / "reinit" / (name if len(settings.weights) > 1 else ""),
+            counts(opened.depth, settings.reinit_blocks), range(settings.seed, settings.seed + settings.seeds),
+            # A training step is a forward pass and a backward pass, which is twice as long.
+            3 * seconds * len(splits[0]) * settings.reinit_epochs, data=settings.data, epochs=settings.reinit_epochs,
+            val_fraction=settings.val_fraction, image_size=settings.image_size, workers=settings.workers,
+        )  # fmt: skip
+    without = None
+    if idle := idle_blocks(measures):
+        for block in idle:
+            encoder.encoder.blocks[block - 1] = nn.Identity()
+        without = cka(seen(encoder, title=f"{name}: without {len(idle)} blocks").rows[-1], trained.rows[-1])
+    return Diagnosis(
+        name=name, weights=weights, images=trained.images, measures=measures, fresh=fresh.measures(),
+        change=_apart(trained, fresh), chance=_apart(other, fresh),
+        distance=None if seed is None else distances(opened, seed), distance_unknown=unknown,
+        read_outs=reads, without=without, trials=trials, epochs=settings.reinit_epochs,
+    )  # fmt: skip
+
+
+def _read(
+    encoder: FrozenEncoder, splits: tuple[LabelledSource, LabelledSource], settings: DiagnoseOptions
+) -> tuple[dict[str, ReadOut], float]:
+    """Read out every block; return also the seconds that an image took."""
+    most = settings.labelled_images
+    shares = (max(1, int(FITTED * most)), max(1, most - int(FITTED * most)))
+    parts = [replace(split, members=spread(split.members, n)) for split, n in zip(splits, shares, strict=True)]
+    started = time.monotonic()
+    fit, test = (cache(encoder, part, settings, "computing features of blocks") for part in parts)
+    seconds = (time.monotonic() - started) / (len(fit.labels) + len(test.labels))
+    labels, truth = torch.from_numpy(fit.labels), torch.from_numpy(test.labels)
+    blocks = []
+    for i in range(len(encoder.blocks)):
+        known, judged = (torch.from_numpy(part.features[:, i].copy()) for part in (fit, test))
+        blocks.append(read_outs(known, labels, judged, truth, len(splits[0].classes)))
+    return {name: ReadOut(torch.stack([b[name] for b in blocks]), truth, len(labels)) for name in blocks[0]}, seconds
+
+
+def _apart(one: Observation, other: Observation) -> list[float]:
+    """Return 1 - CKA of the tokens of two encoders after the embedding and each block."""
+    return [1 - cka(a, b) for a, b in zip(one.rows, other.rows, strict=True)]
+
+
+def _names(weights: Sequence[str]) -> list[str]:
+    """Return short names, or all as they were given where two would be alike."""
+    short = [Path(w).expanduser().resolve().name if Path(w).expanduser().exists() else w for w in weights]
+    return short if len(set(short)) == len(short) else list(weights)
+
+
+def _results(d: Diagnosis) -> dict[str, Any]:
+    """Return what JSON keeps of a diagnosis."""
+    kept = {name: value for name, value in vars(d).items() if name not in ("measures", "fresh", "read_outs", "trials")}
+    return kept | {
+        "measures": asdict(d.measures), "fresh": asdict(d.fresh), "trials": list(map(asdict, d.trials)),
+        "read_outs": {name: read.figures() for name, read in d.read_outs.items()},
+    }  # fmt: skip
