@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from mirl.analysis.app import app
     from mirl.analysis.cost import info
+    from mirl.analysis.degradation import DiagnoseOptions, diagnose
+    from mirl.analysis.reconstruct import Reconstructor, reconstruct
     from mirl.errors import UserError
+    from mirl.reports.page import report
     from mirl.tasks.convert import Conversion, convert
     from mirl.tasks.embed import EmbedOptions, embed
     from mirl.tasks.evaluate import EvaluateOptions, evaluate
@@ -36,14 +40,21 @@ _HOMES = {
     "EmbedOptions": "mirl.tasks.embed",
     "convert": "mirl.tasks.convert",
     "Conversion": "mirl.tasks.convert",
+    "reconstruct": "mirl.analysis.reconstruct",
+    "Reconstructor": "mirl.analysis.reconstruct",
+    "diagnose": "mirl.analysis.degradation",
+    "DiagnoseOptions": "mirl.analysis.degradation",
+    "report": "mirl.reports.page",
+    "app": "mirl.analysis.app",
     "load_encoder": "mirl.tasks.weights",
     "load_autoencoder": "mirl.tasks.weights",
     "info": "mirl.analysis.cost",
     "UserError": "mirl.errors",
 }
-__all__ = ["Conversion", "EmbedOptions", "EvaluateOptions", "Finetuning", "KNNOptions", "Pretraining", "ProbeOptions",
-           "UserError", "__version__", "convert", "embed", "evaluate", "finetune", "info", "knn", "load_autoencoder",
-           "load_encoder", "pretrain", "probe"]  # fmt: skip
+__all__ = ["Conversion", "DiagnoseOptions", "EmbedOptions", "EvaluateOptions", "Finetuning", "KNNOptions",
+           "Pretraining", "ProbeOptions", "Reconstructor", "UserError", "__version__", "app", "convert",
+           "diagnose", "embed", "evaluate", "finetune", "info", "knn", "load_autoencoder",
+           "load_encoder", "pretrain", "probe", "reconstruct", "report"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,7 @@
 """The `mirl` command. A command is a Python function: its signature and docstring are the flags and the help."""
 
 import importlib
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -17,13 +18,17 @@ COMMANDS = {
     "probe": ("mirl.tasks.probe:probe", "linear classifier on frozen features"),
     "knn": ("mirl.tasks.knn:knn", "nearest neighbours on frozen features"),
     "embed": ("mirl.tasks.embed:embed", "write features of a folder of images"),
+    "reconstruct": ("mirl.analysis.reconstruct:reconstruct", "draw what the decoders make of masked images"),
+    "diagnose": ("mirl.analysis.degradation:diagnose", "which blocks learned? measures, plots, a verdict in words"),
+    "report": ("mirl.reports.page:report", "one page of everything about a run, or about several side by side"),
+    "app": ("mirl.analysis.app:app", "mask images by hand in the browser and see each pair's prediction"),
     "convert": ("mirl.tasks.convert:convert", "take weights in and out: timm, Hugging Face, ONNX, official files"),
     "info": ("mirl.analysis.cost:info", "print a model's parameters and cost"),
 }
 
 
 def usage() -> str:
-    lines = [f"  {name:<10} {line}" for name, (_, line) in COMMANDS.items()]
+    lines = [f"  {name:<12} {line}" for name, (_, line) in COMMANDS.items()]
     return (
         "usage: mirl COMMAND [options]\n\n" + "\n".join(lines) + "\n\n`mirl COMMAND --help` lists a command's options."
     )
@@ -52,8 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(name: str, arguments: Sequence[str]) -> None:
-    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
+def build_parser(name: str) -> tuple[Any, Callable[..., Any]]:
+    """Return a command's argument parser and its function."""
+    from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     module, function_name = COMMANDS[name][0].split(":")
@@ -62,8 +68,15 @@ def _run(name: str, arguments: Sequence[str]) -> None:
     parser = ArgumentParser(prog=f"mirl {name}", description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options; later flags override it")
     parser.add_function_arguments(function, as_group=False, as_positional=True)
+    return parser, function
+
+
+def _run(name: str, arguments: Sequence[str]) -> None:
+    from jsonargparse import ArgumentError
+
+    parser, function = build_parser(name)
     try:
-        values = parser.parse_args(_spell_out_switches(parser, arguments)).as_dict()
+        values = parser.parse_args(_spell_out(parser, arguments)).as_dict()
     except (ArgumentError, UnicodeDecodeError) as error:
         raise UserError(f"{_in_one_line(parser, error)}; see mirl {name} --help") from error
     values.pop("config", None)
@@ -87,20 +100,49 @@ def _in_words(hint: Any) -> str:
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(_in_words(part) for part in get_args(hint) if part is not NoneType)
     words: dict[Any, str] = {
-        int: "a whole number", float: "a number", str: "text", bool: "true or false",
-        list[int]: "a list such as [4,12]", tuple[int, int]: "[height,width]",
+        int: "a whole number", float: "a number", str: "text", bool: "true or false", list[float]: "numbers",
+        list[int]: "numbers such as 4 12", list[str]: "one or more", tuple[int, int]: "[height,width]",
     }  # fmt: skip
     return words.get(hint, str(hint))
 
 
-def _spell_out_switches(parser: Any, arguments: Sequence[str]) -> list[str]:
-    """Let `--resume` stand for `--resume true`: the parser wants a value for every bool."""
-    switches = {f"--{action.dest}" for action in parser._actions if getattr(action, "_typehint", None) is bool}
-    result = []
-    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
-        bare = argument in switches and following.lower() not in ("true", "false")
-        result.append(f"{argument}=true" if bare else argument)
-    return result
+def _spell_out(parser: Any, arguments: Sequence[str]) -> list[str]:
+    """Write arguments as the parser wants them: `--resume` as `--resume=true`, `--images a b` as a JSON list."""
+    hints = {(action.option_strings or [action.dest])[0]: getattr(action, "_typehint", None)
+             for action in parser._actions}  # fmt: skip
+    many = next((hint for name, hint in hints.items() if not name.startswith("-") and _is_list(hint)), None)
+    result: list[str] = []
+    loose: list[str] = []  # values of the one positional parameter that takes several
+    waiting = list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        name, equals, value = argument.partition("=")
+        if not argument.startswith("-"):
+            (loose if many else result).append(argument)
+        elif _is_list(hints.get(name)):
+            values = [value] if equals else []
+            while not equals and waiting and not waiting[0].startswith("--"):
+                values.append(waiting.pop(0))
+            result.append(f"{name}={_as_list(values, hints[name])}" if values else name)
+        elif equals or hints.get(name) is bool:
+            bare = not equals and (not waiting or waiting[0].lower() not in ("true", "false"))
+            result.append(f"{argument}=true" if bare else argument if equals else f"{argument}={waiting.pop(0)}")
+        else:
+            result += [argument, *waiting[:1]]
+            waiting = waiting[1:]
+    return [_as_list(loose, many), *result] if loose else result
+
+
+def _is_list(hint: Any) -> bool:
+    return get_origin(hint) is list or any(_is_list(part) for part in get_args(hint))
+
+
+def _as_list(values: Sequence[str], hint: Any) -> str:
+    """Write values as JSON; one that is a list already, or that need not be one, stays as it is."""
+    alone_will_do = get_origin(hint) is not list and {int, str} & set(get_args(hint))
+    if len(values) == 1 and (values[0].startswith("[") or values[0] == "null" or alone_will_do):
+        return values[0]
+    return json.dumps(list(values)) if list[str] in (hint, *get_args(hint)) else f"[{','.join(values)}]"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import re
 import struct
+import sys
+import types
 import zlib
 
 import numpy as np
@@ -119,6 +121,57 @@ def test_a_flag_overrides_the_config(tiny, tmp_path, capfd):
     assert mirl.cli.main(["pretrain", f"--config={config}", "--epochs", "1", "--out", str(run)]) == 0
     assert yaml.safe_load((run / "config.yaml").read_text())["epochs"] == 1
     assert "shapes:100: 98 images to train on, 2 held out\n" in capfd.readouterr().out
+
+
+@pytest.fixture
+def lists(monkeypatch):
+    """A command with lists among its options; what it was called with is in the list that this returns."""
+    calls = []
+
+    def command(
+        runs: list[str], *, images: list[str] | None = None, block: list[float] | None = None, k: list[int] | int = 1,
+        resume: bool = False, seed: int = 0,
+    ) -> None:  # fmt: skip
+        """Do nothing."""
+        calls.append({"runs": runs, "images": images, "block": block, "k": k, "resume": resume, "seed": seed})
+
+    module = types.ModuleType("a_module_with_lists")
+    module.command = command
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(mirl.cli.COMMANDS, "lists", (f"{module.__name__}:command", "for this test"))
+    return calls
+
+
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("a b", {"runs": ["a", "b"]}),
+        ("a", {"runs": ["a"]}),
+        ("--seed -3 a --resume b", {"runs": ["a", "b"], "seed": -3, "resume": True}),
+        ("a --resume false --images x.jpg y,z.jpg [1].png", {"runs": ["a"], "images": ["x.jpg", "y,z.jpg", "[1].png"]}),
+        ("a --images=x.jpg", {"runs": ["a"], "images": ["x.jpg"]}),
+        ('a --images ["x.jpg"]', {"runs": ["a"], "images": ["x.jpg"]}),
+        ("a --images 1 null", {"runs": ["a"], "images": ["1", "null"]}),
+        ("a --block 0 0.25 1 1", {"runs": ["a"], "block": [0, 0.25, 1, 1]}),
+        ("a --block [0,0.25,1,1]", {"runs": ["a"], "block": [0, 0.25, 1, 1]}),
+        ("a --k 5", {"runs": ["a"], "k": 5}),
+        ("a --k 5 7", {"runs": ["a"], "k": [5, 7]}),
+        ("a --k [5,7]", {"runs": ["a"], "k": [5, 7]}),
+    ],
+)
+def test_several_values_follow_a_flag_or_stand_alone(lists, line, expected):
+    assert mirl.cli.main(["lists", *line.split()]) == 0
+    nothing = {"images": None, "block": None, "k": 1, "resume": False, "seed": 0}
+    assert lists == [nothing | expected]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [("", "runs"), ("a --block x", "--block"), ("a --k", "--k"), ("a --bogus", "--bogus"), ("a --seed", "--seed")],
+)
+def test_a_mistake_in_a_list_is_one_line(lists, capfd, line, message):
+    assert message in one_line(["lists", *line.split()], capfd)
+    assert lists == []
 
 
 def test_unknown_commands_are_one_line_that_lists_the_commands(capfd):

@@ -23,7 +23,7 @@ from mirl.formats.renaming import fit, split
 from mirl.formats.shapes import Heads, encoder_arguments
 from mirl.models.autoencoder import Autoencoder
 from mirl.models.encoder import ARCHITECTURE, check_sizes, parse_model, timm_arguments
-from mirl.models.patches import pair
+from mirl.models.patches import Size, pair
 from mirl.models.weights import AutoencoderWeights, State, Weights, depth_of
 from mirl.tasks.settings import Resolved, autoencoder_of
 from mirl.training.checkpoints import load_newest
@@ -66,7 +66,10 @@ def open_autoencoder(
     """
     opened = open_checkpoint(weights, say=say, heads=heads, taps=taps, decoders=True)
     if isinstance(opened, Weights):
-        raise UserError(f"{weights} holds an encoder without decoders; give the run folder that pre-training left")
+        raise UserError(
+            f"{weights} holds an encoder without decoders; give the run folder of mirl pretrain, its "
+            "autoencoder.safetensors, or an official checkpoint with decoders"
+        )
     return opened
 
 
@@ -124,11 +127,23 @@ def encoder_of(weights: AutoencoderWeights) -> Weights:
     return Weights(ARCHITECTURE, arguments, state, *channel_statistics(settings["channels"]))
 
 
-def build_autoencoder(weights: AutoencoderWeights) -> Autoencoder:
-    """Build the autoencoder with these weights, whose memory it shares, in evaluation mode."""
+def build_autoencoder(weights: AutoencoderWeights, *, image_size: Size | None = None) -> Autoencoder:
+    """Build the autoencoder with these weights, whose memory it shares, in evaluation mode.
+
+    Args:
+        image_size: if given, the encoder's positions are resampled to it; the decoders' are computed.
+
+    Raises:
+        UserError: if patches do not tile `image_size`.
+    """
+    settings = Resolved(**weights.settings | ({} if image_size is None else {"image_size": image_size}))
+    check_sizes(pair(settings.image_size), pair(settings.patch_size))
     with torch.device("meta"):
-        model = autoencoder_of(Resolved(**weights.settings))
-    model.load_state_dict(fit(dict(weights.state), model.state_dict()), assign=True)
+        model = autoencoder_of(settings)
+    state = dict(weights.state)
+    if model.image_size != pair(weights.settings["image_size"]):
+        state["encoder.pos_embed"] = encoder_of(weights).resampled(model.encoder)["pos_embed"]
+    model.load_state_dict(fit(state, model.state_dict()), assign=True)
     model.place()
     return model.eval()
 

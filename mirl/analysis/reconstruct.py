@@ -1,0 +1,301 @@
+"""`mirl reconstruct`: what each pair of decoders makes of masked images. Paper: Figure 7.
+
+Symbols: b images, c channels, h and w pixels, gh and gw rows and columns of patches, n = gh * gw, p values of a patch.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+from torchvision.transforms.v2.functional import center_crop
+
+from mirl.data.decode import BadImage, read_image
+from mirl.data.sources import LIST_SUFFIXES, ImageFiles, PathList, Source, open_source
+from mirl.data.transforms import fixed_view, normalise
+from mirl.errors import UserError
+from mirl.methods import Term
+from mirl.models.masking import split
+from mirl.models.patches import grid_size, pair, patchify
+from mirl.tasks.options import SEED
+from mirl.tasks.pretrain import split_off_held_out
+from mirl.tasks.settings import Resolved
+from mirl.tasks.weights import build_autoencoder, open_autoencoder
+from mirl.training.checkpoints import atomic
+from mirl.training.reconstructions import Components, Reconstruction, compose, to_rgb
+from mirl.training.runs import console, read_config
+
+MOST = 16  # images in one picture
+HELD_OUT = 6  # of the run's own images, where none are given
+FORMATS = ("png", "pdf")
+NAME = 26  # letters of a file's name that an image's width has room for
+DOTS = 30_000  # most that a picture may be across or down; what draws it stops at twice as many
+
+
+class Reconstructor:
+    """An autoencoder that shows its predictions.
+
+    Args:
+        weights: a run folder, its autoencoder.safetensors, or an official checkpoint with decoders.
+        image_size: pixels, one number or (height, width); by default as trained, else positions are resampled.
+
+    Attributes:
+        image_size, patch_size, grid: (height, width) in pixels, pixels and patches; channels: of its images.
+        mask_ratio: share of patches that was masked in training; terms: whose predictions are shown together.
+
+    Raises:
+        UserError: if `weights` holds no decoders, or its patches do not tile `image_size`.
+    """
+
+    def __init__(self, weights: str, *, image_size: int | Sequence[int] | None = None) -> None:
+        opened = open_autoencoder(weights, say=console.print)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        settings = Resolved(**opened.settings)
+        self.model = build_autoencoder(opened, image_size=None if image_size is None else pair(image_size))
+        self.model.to(self.device)
+        self.image_size, self.patch_size = self.model.image_size, self.model.patch_size
+        self.grid = grid_size(self.image_size, self.patch_size)
+        self.channels, self.mask_ratio, self.target = settings.channels, settings.mask_ratio, settings.target
+        self.name, self.method = settings.model, self.model.method
+        self.terms: tuple[Term, ...] = self.method.terms
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor, hidden: Tensor) -> Reconstruction:
+        """Show what is made of uint8 `images` [b, c, h, w] of `image_size` without the patches in `hidden`.
+
+        Args:
+            hidden: bool [b, gh, gw], True where a patch is masked, as many in each image.
+        """
+        flags = hidden.flatten(1)
+        masked_count = int(flags[0].sum())
+        order = flags.to(torch.uint8).argsort(dim=1, stable=True).to(self.device)
+        visible, masked = order[:, : flags.shape[1] - masked_count], order[:, flags.shape[1] - masked_count :]
+        patches = patchify(normalise(images.to(self.device), self.channels), self.patch_size)
+        predictions = self.model(patches, visible, masked, all_patches=True)
+        return compose(
+            patches, visible, masked, predictions, self.terms, target=self.target, image_size=self.image_size,
+            patch_size=self.patch_size, channels=self.channels,
+        )  # fmt: skip
+
+    def random_mask(self, mask_ratio: float | None = None, seed: int = 0) -> Tensor:
+        """Return bool [gh, gw], True for a random `mask_ratio` of the patches, by default as many as in training.
+
+        Raises:
+            UserError: if `mask_ratio` is no share, `seed` is negative, or no patch, or every patch, would be visible.
+        """
+        ratio = self.mask_ratio if mask_ratio is None else mask_ratio
+        if not 0 < ratio < 1:  # which NaN is not either
+            raise UserError(f"--mask_ratio {ratio} is not allowed; give more than 0 and less than 1")
+        if not SEED[0](seed):
+            raise UserError(f"--seed {seed} is not allowed; give {SEED[1]}")
+        noise = torch.rand(math.prod(self.grid), generator=torch.Generator().manual_seed(seed))
+        _, masked = split(noise, ratio)
+        hidden = torch.zeros_like(noise, dtype=torch.bool)
+        hidden[masked] = True
+        return hidden.view(self.grid)
+
+    def block_mask(self, block: Sequence[float]) -> Tensor:
+        """Return bool [gh, gw], True for patches whose centre is in (top, left, bottom, right), shares of the sides.
+
+        Raises:
+            UserError: if that is no rectangle in the image, or hides no patch, or every one.
+        """
+        if len(block) != 4 or not (0 <= block[0] < block[2] <= 1 and 0 <= block[1] < block[3] <= 1):
+            raise UserError(f"--block {list(block)} is not allowed; give top, left, bottom, right in 0..1")
+        rows, columns = ((torch.arange(count) + 0.5) / count for count in self.grid)
+        inside = (rows >= block[0]) & (rows < block[2]), (columns >= block[1]) & (columns < block[3])
+        return self._some(inside[0][:, None] & inside[1][None])
+
+    def drawn_mask(self, mask: Tensor) -> Tensor:
+        """Return bool [gh, gw], True for patches of which at least half is drawn.
+
+        Args:
+            mask: bool [h, w] of `image_size`, or of any other, of which that part counts that is seen of images.
+
+        Raises:
+            UserError: if it hides no patch, or every one.
+        """
+        scale = min(drawn / side for drawn, side in zip(mask.shape, self.image_size, strict=True))
+        seen = center_crop(mask, [max(1, round(side * scale)) for side in self.image_size])
+        return self._some(adaptive_avg_pool2d(seen[None].float(), self.grid)[0] >= 0.5)
+
+    def _some(self, hidden: Tensor) -> Tensor:
+        if not 0 < int(hidden.sum()) < hidden.numel():
+            raise UserError(f"the mask hides {int(hidden.sum())} of {hidden.numel()} patches; hide some, not all")
+        return hidden
+
+
+def reconstruct(
+    run: str, images: list[str] | None = None, *, mask_ratio: float | None = None, seed: int = 0,
+    block: list[float] | None = None, mask: str | None = None, image_size: int | tuple[int, int] | None = None,
+    out: str | None = None,
+) -> Reconstruction:  # fmt: skip
+    """Draw original, masked image, main component, residual and sum of each pair, and return them as tensors.
+
+    Args:
+        run: run folder of `mirl pretrain`, finished or not, its autoencoder.safetensors, or an official checkpoint
+            with decoders
+        images: image files and folders, at most 16 images; by default some that the run held out
+        mask_ratio: share of patches that is masked; by default as in training
+        seed: of the random masks, one for each image
+        block: mask a rectangle in place of random patches: top, left, bottom, right, in 0..1
+        mask: mask what is white in this picture in place of random patches
+        image_size: pixels, one number or [height,width]; by default as trained, else positions are resampled
+        out: .png or .pdf; by default reconstructions/ in the run folder, or here
+
+    Raises:
+        UserError: if `run` holds no decoders, no image can be read, or the mask hides nothing or everything.
+
+    Paper: Figure 7.
+    """
+    if (block is not None) + (mask is not None) + (mask_ratio is not None) > 1:
+        raise UserError("--mask_ratio, --block and --mask exclude each other; give one")
+    path = _out(run, out)
+    model = Reconstructor(run, image_size=image_size)
+    if block is not None:
+        hidden = [model.block_mask(block)] * MOST
+    elif mask is not None:
+        hidden = [model.drawn_mask(_read_mask(mask))] * MOST
+    else:
+        hidden = [model.random_mask(mask_ratio, seed + index) for index in range(MOST)]
+    pixels, names = read_images(run, images, model)
+    hidden = hidden[: len(names)]
+    shown = model(torch.stack(pixels), torch.stack(hidden))
+    share = float(hidden[0].float().mean())
+    draw(shown, names, path, f"{model.name} · {model.method.name} · {share:.0%} of {hidden[0].numel()} patches masked")
+    console.print(f"saved {path}", markup=False)
+    return shown
+
+
+def draw(shown: Reconstruction, names: Sequence[str], path: Path, title: str) -> None:
+    """Draw one row for each image and pair, to a PNG or PDF by the suffix of `path`."""
+    columns = titles_of(shown.terms[0])
+    count, terms, (height, width) = len(names), len(shown.terms), shown.original.shape[-2:]
+    side = 1.6
+    across = side * (2 + len(columns)) + (0.4 if terms > 1 else 0.1)
+    down = (max(side * height / width + 0.06, 0.16) * terms + 0.16) * count + 0.6  # a line of text is 0.16 high
+    dots = min(max(100, min(250, round(width / side))), DOTS / max(across, down))
+    layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.03, wspace=0, hspace=0)
+    figure = Figure(figsize=(across, down), dpi=dots, layout=layout)
+    figure.suptitle(title, fontsize=9)
+    axes = figure.subplots(count * terms, 2 + len(columns), squeeze=False)
+    for place in axes.flat:
+        place.set_xticks([])
+        place.set_yticks([])
+        place.set_frame_on(False)
+    for place, column in zip(axes[0], ["original", "masked", *columns], strict=True):
+        place.set_title(column, fontsize=8)
+    for i, name in enumerate(names):
+        for g, term in enumerate(shown.terms):
+            row = axes[i * terms + g]
+            given = [shown.original, shown.masked] if g == 0 else [None, None]
+            for place, image in zip(row, [*given, *columns_of(term).values()], strict=True):
+                if image is not None:
+                    place.imshow(to_rgb(image[i]).numpy(), interpolation="nearest" if width < 100 else "antialiased")
+            if terms > 1:
+                row[2].set_ylabel(f"pair {g + 1}", fontsize=7, rotation="horizontal", ha="right", va="center")
+        # Below the image: beside it a name would need more room than a wide image has.
+        axes[i * terms, 0].set_xlabel(_shortened(name), fontsize=6.5, loc="left", labelpad=2, parse_math=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as temporary:
+            figure.savefig(temporary, format=path.suffix[1:].lower())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from error
+
+
+def titles_of(term: Term | Components) -> list[str]:
+    """Return the titles of what is shown of a term."""
+    parts = ["main component", "residual", "sum"] if len(term.decoders) == 2 else ["reconstruction"]
+    return [*parts, "with the visible patches"]
+
+
+def columns_of(term: Components) -> dict[str, Tensor]:
+    """Return the images [b, c, h, w] that are shown of a term by their titles."""
+    images = (term.main, term.residual, term.total, term.pasted)
+    return dict(zip(titles_of(term), (image for image in images if image is not None), strict=True))
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= NAME else f"{name[: NAME // 2 - 1]}…{name[-NAME // 2 :]}"
+
+
+def read_images(run: str, images: Sequence[str] | None, model: Reconstructor) -> tuple[list[Tensor], list[str]]:
+    """Return uint8 images [c, h, w] of the model's size, and their names; those that cannot be read are said.
+
+    Args:
+        images: files and folders; None for some that the run held out.
+
+    Raises:
+        UserError: if there are none, or none can be read.
+    """
+    chosen = _held_out(run, model.channels) if images is None else _chosen(images, model.channels)
+    shown = [chosen[i] for i in np.unique(np.linspace(0, len(chosen) - 1, MOST).astype(int))]
+    if len(shown) < len(chosen):
+        console.print(f"showing {len(shown)} of {len(chosen)} images: a picture has at most {MOST}")
+    pixels, names, bad = [], [], []
+    for source, index in shown:
+        name = source.name_of(index)
+        try:
+            pixels.append(fixed_view(source.read(index), model.image_size))
+            names.append(Path(name).name)
+        except BadImage as error:
+            bad.append(f"{name} {error.reason}")
+            console.print(f"left out {name}: {error.reason}", markup=False)
+    if not names:
+        raise UserError(f"none of the images can be read, e.g. {bad[0]}; give others by --images")
+    return pixels, names
+
+
+def _chosen(images: Sequence[str], channels: int) -> list[tuple[Source, int]]:
+    found: list[tuple[Source, int]] = []
+    if not images:
+        raise UserError("--images names none; give image files or folders")
+    for given in images:
+        path = Path(given).expanduser()
+        one = path.is_file() and path.suffix.lower() not in LIST_SUFFIXES
+        source = ImageFiles("", PathList([str(path)]), channels) if one else open_source(given, channels=channels)
+        found += [(source, index) for index in range(len(source))]
+    return found
+
+
+def _held_out(run: str, channels: int) -> list[tuple[Source, int]]:
+    """Choose among the images that the run held out."""
+    folder = Path(run).expanduser()
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{run} is no run folder with images of its own; give --images, files or folders")
+    try:
+        source = open_source(read_config(folder)["data"], channels=channels)
+        _, held_out = split_off_held_out(len(source))
+    except UserError as error:
+        reason = str(error).partition("; ")[0]  # the remedy there is another --data
+        raise UserError(f"the images of {run} are not to be had: {reason}; give others by --images") from error
+    return [(source, int(held_out[i])) for i in np.unique(np.linspace(0, len(held_out) - 1, HELD_OUT).astype(int))]
+
+
+def _read_mask(path: str) -> Tensor:
+    """Return bool [h, w], True where the picture is white."""
+    try:
+        return read_image(Path(path).expanduser(), channels=1)[0] > 127
+    except BadImage as error:
+        raise UserError(f"--mask {path} {error.reason}; give a picture in which white is masked") from error
+
+
+def _out(run: str, out: str | None) -> Path:
+    """Return --out, or a file in the run folder, or one here.
+
+    Raises:
+        UserError: if it is to be neither PNG nor PDF.
+    """
+    folder = Path(run).expanduser()
+    name = folder.resolve().name if folder.is_dir() else folder.stem  # of ".", too
+    default = (folder if (folder / "config.yaml").is_file() else Path()) / "reconstructions" / f"{name}.png"
+    path = Path(out) if out else default
+    if path.suffix[1:].lower() not in FORMATS:
+        raise UserError(f"--out {path} is neither .png nor .pdf; give one of them")
+    return path
