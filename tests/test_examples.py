@@ -1,16 +1,13 @@
 """The examples run and learn, and what the run and the README tell users to type works."""
 
-import inspect
 import re
 import runpy
-import shlex
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import mirl
-from mirl.cli import COMMANDS
+from mirl.cli import COMMANDS, build_parser
 from mirl.formats.paddle import ADMITTED
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -38,17 +35,19 @@ def test_a_runs_encoder_can_be_read_out_and_used_as_it_says(tiny, tmp_path, caps
     assert (run / "read_out.json").exists()
 
 
-def test_the_readmes_commands_options_and_files_exist():
-    commands_options = (
-        *(mirl.Pretraining, mirl.Finetuning, mirl.EvaluateOptions),
-        *(mirl.ProbeOptions, mirl.KNNOptions, mirl.EmbedOptions),
-    )
-    options = {f"--{field.name}" for kind in commands_options for field in fields(kind)} | {"--config", "--help"}
-    options |= {f"--{name}" for name in inspect.signature(mirl.convert).parameters}
-    commands = re.findall(r"mirl (\w+)((?: [^\s`]+)*)", "\n".join(re.findall(r"`[^`]+`|^    .*$", README, re.M)))
-    given = {command for command, _ in commands if command in COMMANDS}
-    assert given == set(COMMANDS)
-    assert {word for _, rest in commands for word in shlex.split(rest) if word.startswith("--")} <= options
+@pytest.mark.parametrize("document", ["README.md", *(f"docs/{path.name}" for path in REPOSITORY.glob("docs/*.md"))])
+def test_documented_commands_have_the_options_that_they_are_given(document):
+    code = "\n".join(re.findall(r"`[^`\n]+`|^    .*$", (REPOSITORY / document).read_text(), re.M)).replace("\\\n", " ")
+    for command, rest in re.findall(r"mirl (\w+)((?: +[^\s`|;]+)*)", code):
+        if command in COMMANDS:
+            known = {option for action in build_parser(command)[0]._actions for option in action.option_strings}
+            given = {word.partition("=")[0] for word in re.findall(r"(?<!\S)--[a-z]\S*", rest)}
+            assert given <= known, f"{command}{rest}"
+
+
+def test_the_readmes_commands_targets_and_files_exist():
+    commands = re.findall(r"mirl (\w+)", "\n".join(re.findall(r"`[^`]+`|^    .*$", README, re.M)))
+    assert {command for command in commands if command in COMMANDS} == set(COMMANDS)
     targets = set(re.findall(r"^    make (\w+)", README, re.M)) | set(re.findall(r"`make (\w+)`", README))
     makefile = (REPOSITORY / "Makefile").read_text()
     assert {"setup", "demo", "test", "lint"} <= targets

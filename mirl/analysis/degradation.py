@@ -20,7 +20,7 @@ from torch import nn
 from mirl.analysis.beginnings import distances, first_seed
 from mirl.analysis.diagnosis import Diagnosis, ReadOut
 from mirl.analysis.diagnosis_page import draw_page
-from mirl.analysis.reinitialisation import counts, reinitialise
+from mirl.analysis.reinitialisation import counts, fingerprint_of, reinitialise
 from mirl.analysis.representations import Observation, cka, finite, observe
 from mirl.analysis.side_by_side import compare_all
 from mirl.analysis.verdict import findings, idle_blocks, verdict
@@ -176,8 +176,10 @@ def _examine(name: str, weights: str, opened: Weights, settings: DiagnoseOptions
             weights, settings.folder / "reinit" / (name if len(settings.weights) > 1 else ""),
             counts(opened.depth, settings.reinit_blocks), range(settings.seed, settings.seed + settings.seeds),
             # A training step is a forward pass and a backward pass, which is twice as long.
-            3 * seconds * len(splits[0]) * settings.reinit_epochs, data=settings.data, epochs=settings.reinit_epochs,
-            val_fraction=settings.val_fraction, image_size=settings.image_size, workers=settings.workers,
+            3 * seconds * len(splits[0]) * settings.reinit_epochs,
+            fingerprint_of(opened.state, len(splits[0]) + len(splits[1])), data=settings.data,
+            epochs=settings.reinit_epochs, val_fraction=settings.val_fraction, image_size=encoder.size,
+            workers=settings.workers, precision=settings.precision,
         )  # fmt: skip
     without = None
     if idle := idle_blocks(measures):
@@ -186,7 +188,7 @@ def _examine(name: str, weights: str, opened: Weights, settings: DiagnoseOptions
         without = cka(seen(encoder, title=f"{name}: without {len(idle)} blocks").rows[-1], trained.rows[-1])
     return Diagnosis(
         name=name, weights=weights, images=trained.images, measures=measures, fresh=fresh.measures(),
-        change=_apart(trained, fresh), chance=_apart(other, fresh),
+        patches=len(trained.rows[0]), change=_apart(trained, fresh), chance=_apart(other, fresh),
         distance=None if seed is None else distances(opened, seed), distance_unknown=unknown,
         read_outs=reads, without=without, trials=trials, epochs=settings.reinit_epochs,
     )  # fmt: skip

@@ -42,7 +42,7 @@ class Diagnosis:
 
     Attributes:
         name, weights: what it is called here, what was given.
-        images: how many were looked at.
+        images: how many were looked at; patches: of how many of their patches rank and CKA were computed.
         measures, fresh: of the trained encoder, and of the same one with fresh weights.
         change: 1 - CKA between tokens of the two after the embedding and each block [1 + m].
         chance: the same between two encoders with fresh weights of different seeds.
@@ -56,6 +56,7 @@ class Diagnosis:
     name: str
     weights: str
     images: int
+    patches: int
     measures: Measures
     fresh: Measures
     change: list[float]

@@ -28,7 +28,7 @@ from mirl.tasks.settings import Resolved
 from mirl.tasks.weights import build_autoencoder, open_autoencoder
 from mirl.training.checkpoints import atomic
 from mirl.training.reconstructions import Components, Reconstruction, compose, to_rgb
-from mirl.training.runs import console, read_config
+from mirl.training.runs import RunFolder, console, read_config
 
 MOST = 16  # images in one picture
 HELD_OUT = 6  # of the run's own images, where none are given
@@ -70,9 +70,19 @@ class Reconstructor:
 
         Args:
             hidden: bool [b, gh, gw], True where a patch is masked, as many in each image.
+
+        Raises:
+            UserError: if images or masks are of another form, or masks hide nothing, everything, or unequal numbers.
         """
+        form = (len(hidden), self.channels, *self.image_size)
+        if images.dtype != torch.uint8 or tuple(images.shape) != form:
+            raise UserError(f"images are {images.dtype} {list(images.shape)}; give torch.uint8 {list(form)}")
+        if hidden.dtype != torch.bool or tuple(hidden.shape[1:]) != self.grid:
+            raise UserError(f"masks are {hidden.dtype} {list(hidden.shape)}; give torch.bool [b, {self.grid}]")
         flags = hidden.flatten(1)
         masked_count = int(flags[0].sum())
+        if not 0 < masked_count < flags.shape[1] or bool((flags.sum(dim=1) != masked_count).any()):
+            raise UserError("masks must hide some patches, not all, and as many in each image")
         order = flags.to(torch.uint8).argsort(dim=1, stable=True).to(self.device)
         visible, masked = order[:, : flags.shape[1] - masked_count], order[:, flags.shape[1] - masked_count :]
         patches = patchify(normalise(images.to(self.device), self.channels), self.patch_size)
@@ -275,6 +285,13 @@ def _held_out(run: str, channels: int) -> list[tuple[Source, int]]:
     except UserError as error:
         reason = str(error).partition("; ")[0]  # the remedy there is another --data
         raise UserError(f"the images of {run} are not to be had: {reason}; give others by --images") from error
+    rows = RunFolder(folder, resume=False, overwrite=False, writes=False).rows()
+    began = next((row["samples"] for row in rows if row["kind"] == "data"), len(source))
+    if began != len(source):
+        console.print(
+            f"warning: the run began with {began} images and there are {len(source)} now: some of those shown may have "
+            "been trained on"
+        )
     return [(source, int(held_out[i])) for i in np.unique(np.linspace(0, len(held_out) - 1, HELD_OUT).astype(int))]
 
 

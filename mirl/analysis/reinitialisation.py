@@ -1,14 +1,17 @@
 """Fresh weights in the last blocks before fine-tuning: did pre-training help them? Paper: Sec. 2.2, Figure 2."""
 
+import hashlib
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from mirl.errors import UserError
 from mirl.tasks.finetune import finetune
@@ -38,8 +41,9 @@ def counts(depth: int, given: Sequence[int] | None) -> list[int]:
 
 
 def reinitialise(
-    weights: str, folder: Path, counts: Sequence[int], seeds: Sequence[int], seconds: float, **options: Any
-) -> list[Trial]:
+    weights: str, folder: Path, counts: Sequence[int], seeds: Sequence[int], seconds: float, fingerprint: str,
+    **options: Any,
+) -> list[Trial]:  # fmt: skip
     """Fine-tune with fresh weights in so many last blocks, once for each seed; runs that are finished are read.
 
     Args:
@@ -47,11 +51,13 @@ def reinitialise(
         folder: where the runs go, `k03_seed0` and so on.
         counts: numbers of last blocks; seeds: of fresh weights, order and augmentation.
         seconds: that a run will take, roughly.
+        fingerprint: of the encoder's tensors and the images' number: trials of others are not these.
         options: of `mirl.finetune`, the same for all.
 
     Raises:
-        UserError: if a run in `folder` has other options.
+        UserError: if a run in `folder` has other options, or began with other weights or images.
     """
+    _check_began(folder, fingerprint)
     plan = {(k, seed): folder / f"k{k:02}_seed{seed}" for seed in seeds for k in counts}
     waiting = [key for key, run in plan.items() if not (run / "results.json").exists()]
     console.print(
@@ -76,10 +82,33 @@ def reinitialise(
     return [_read(run, k, seed) for (k, seed), run in plan.items()]
 
 
+def fingerprint_of(state: Mapping[str, Tensor], images: int) -> str:
+    """Return what tells an encoder's tensors, with so many images, from any others."""
+    digest = hashlib.sha256(str(images).encode())
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _check_began(folder: Path, fingerprint: str) -> None:
+    """Keep the fingerprint with the first trial, and hold later ones to it."""
+    path = folder / "began_with.txt"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(fingerprint + "\n")
+    elif path.read_text().strip() != fingerprint:
+        raise UserError(
+            f"the fine-tunings in {folder} began with other weights or images; remove it or choose another --out"
+        )
+
+
 def _check_same(run: Path, given: dict[str, Any]) -> None:
     saved = read_config(run)
     for name, value in given.items():
-        if value is not None and saved.get(name) not in (value, list(value) if isinstance(value, tuple) else value):
+        if name == "workers" or value is None:
+            continue
+        if saved.get(name) not in (value, list(value) if isinstance(value, tuple) else value):
             raise UserError(
                 f"{run} was fine-tuned with --{name} {saved.get(name)}, not {value}; choose another --out or remove it"
             )

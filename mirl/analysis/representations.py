@@ -186,9 +186,10 @@ def attention_entropy(attention: Attention, tokens: Tensor) -> Tensor:
     b, n, _ = tokens.shape
     q, k, _ = attention.qkv(tokens).reshape(b, n, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
     pairs = zip(attention.q_norm(q).float(), attention.k_norm(k).float(), strict=True)
-    # An image at a time: maps of all would be the largest tensors of the pass.
-    entropies = [torch.special.entr((q @ k.mT * attention.scale).softmax(dim=-1)).sum(dim=-1).mean() for q, k in pairs]
-    return torch.stack(entropies) / math.log(n)
+    with torch.autocast(tokens.device.type, enabled=False):
+        # An image at a time: maps of all would be the largest tensors of the pass.
+        maps = ((q @ k.mT * attention.scale).softmax(dim=-1) for q, k in pairs)
+        return torch.stack([torch.special.entr(each).sum(dim=-1).mean() for each in maps]) / math.log(n)
 
 
 def cka(one: Tensor, other: Tensor) -> float:

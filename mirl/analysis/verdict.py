@@ -4,10 +4,13 @@ Each rule is a constant with its reason and a function that returns findings; ev
 Symbols: m blocks.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
+
+from scipy.stats import ttest_rel
 
 from mirl.analysis.diagnosis import READ_OUTS, Diagnosis, compare, counted, percent, points, spans
 from mirl.analysis.representations import Measures
@@ -23,6 +26,7 @@ COLLAPSED = 0.95  # mean cosine of two tokens of an image: a twentieth or less i
 RANK_FALL = 0.5  # share of the highest rank; neighbouring blocks differ by some per cent, half is beyond that
 # Relative distance of weights: an order of magnitude less than the median block's, or a hundredth.
 UNMOVED_OF_MEDIAN, UNMOVED = 0.1, 0.01
+ENOUGH = 500  # patches under which two estimates of CKA, each with its noise, are not compared
 LEVEL = 0.05  # of tests for a loss, shared among the blocks that could have been the best (Bonferroni)
 CAVEAT = (
     "In masked pre-training the last blocks serve the reconstruction: what is found of them here need not harm "
@@ -59,7 +63,7 @@ def _summary(d: Diagnosis, found: dict[str, Finding]) -> str:
     update = d.measures.update
     if "idle" in found:
         named = f"{spans(found['idle'].blocks)} of {d.depth}"
-        if d.without is not None and d.without < NEEDED:
+        if d.without is not None and not d.without >= NEEDED:  # NaN, of tokens all alike, proves nothing
             return f"{named} hardly change their tokens, yet what follows needs it."
         return f"{named} add next to nothing."
     if "unmoved" in found:
@@ -99,7 +103,7 @@ def _idle(d: Diagnosis) -> Iterable[Finding]:
             f"all blocks {percent(usual)}) and keep what differs between them (CKA of input and output {kept:.3f} or "
             "more)"
         )
-        if d.without is not None:
+        if d.without is not None and not math.isnan(d.without):
             sentence += (
                 f"; without {'it' if len(blocks) == 1 else 'them'} the last tokens have CKA {d.without:.3f} with"
             )
@@ -156,6 +160,8 @@ def _rank_falls(d: Diagnosis) -> Iterable[Finding]:
 
 def _like_fresh(d: Diagnosis) -> Iterable[Finding]:
     """Tokens are no farther from a fresh encoder's than those of another fresh one are."""
+    if d.patches < ENOUGH:
+        return
     pairs = list(zip(d.change, d.chance, strict=True))[1:]
     blocks = tuple(block for block, (change, chance) in enumerate(pairs, start=1) if change <= chance)
     if blocks:
@@ -194,10 +200,10 @@ def _harmed(d: Diagnosis) -> Iterable[Finding]:
     gain, images, seeds = gains[best], d.trials[0].images, len(trained)
     spread = max(max(found) - min(found) for found in (trained, by_count[best]))
     low, high = wilson(round(mean(trained) * images), images)
-    half = (high - low) / 2
-    # Means of three seeds of equal runs differ by more than the larger range in few of a hundred cases; with one seed
-    # nothing can be said. The test images are the same ones for all, but others could favour the other side.
-    beyond_seeds, beyond_images = seeds > 1 and gain > spread, gain > half
+    half = math.sqrt(2) * (high - low) / 2  # of a difference, as if each side had been tested on images of its own
+    # The best of several is chosen, hence Bonferroni; trials of a seed share order and augmentation, hence pairs.
+    p = _better(by_count[best], trained) * len(others)
+    beyond_seeds, beyond_images = p <= LEVEL, gain > half
     last = "the last block" if best == 1 else f"the last {best} blocks"
     better = f"Fresh weights in {last} fine-tune {points(gain)} better than the trained ones"
     if beyond_seeds and beyond_images:
@@ -206,9 +212,13 @@ def _harmed(d: Diagnosis) -> Iterable[Finding]:
         said = f"{better}, more than seeds but not more than the test images leave open"
     elif gain > 0:
         said = f"{better}, within what seeds leave open: no harm of pre-training is shown"
+    elif gain == 0:
+        said = f"Fresh weights in {last} fine-tune as well as the trained ones"
     else:
-        least = ", the least loss of all" if len(others) > 1 else ""
-        said = f"Fresh weights in {last} fine-tune {points(-gain)} worse than the trained ones{least}"
+        said = f"Fresh weights in {last} fine-tune {points(-gain)} worse than the trained ones"
+        said += ", the least loss of all" if len(others) > 1 else ""
+        if _better(trained, by_count[best]) > LEVEL:
+            said += ", within what seeds leave open"
     means = ", ".join(f"{count}: {percent(mean(found))}" for count, found in sorted(by_count.items()))
     apart = f"at most {points(spread)} apart" if seeds > 1 else "so no spread is known"
     sentence = (
@@ -216,6 +226,15 @@ def _harmed(d: Diagnosis) -> Iterable[Finding]:
         f"{counted(seeds, 'seed')}, {apart}; {images} test images, which leave ± {points(half)} open)."
     )
     harmed = beyond_seeds and beyond_images
-    evidence = {"top1": {str(count): found for count, found in by_count.items()}, "spread": spread, "half": half}
+    top1 = {str(count): found for count, found in by_count.items()}
+    evidence = {"top1": top1, "spread": spread, "half": half, "p": min(1.0, p)}
     blocks = tuple(range(d.depth - best + 1, d.depth + 1)) if harmed else ()
     yield Finding("harmed" if harmed else "reinit", blocks, sentence, evidence)
+
+
+def _better(one: Sequence[float], other: Sequence[float]) -> float:
+    """Return the p of a paired t-test that `one` is better, seed by seed; 1 where seeds are too few to tell."""
+    differences = {round(a - b, 12) for a, b in zip(one, other, strict=True)}
+    if len(one) < 3 or len(differences) == 1:  # no spread is no evidence of none
+        return 1.0
+    return float(ttest_rel(one, other, alternative="greater").pvalue)

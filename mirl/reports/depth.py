@@ -99,7 +99,8 @@ def read_outs(runs: Sequence[Run]) -> list[Chart]:
 def _by_block(rows: Sequence[Row]) -> list[Series]:
     """Return the gradient norm of each block over time; steps at which one is not finite are left out."""
     depth = min((len(row["blocks"]) for row in rows), default=0)
-    norms = np.array([row["blocks"][:depth] for row in rows], dtype=float).reshape(len(rows), depth)  # None becomes NaN
+    known = [[number(value) for value in row["blocks"][:depth]] for row in rows]
+    norms = np.array(known, dtype=float).reshape(len(rows), depth)  # None becomes NaN
     whole = np.isfinite(norms).all(axis=1)
     steps, epochs = (np.array([row[name] for row in rows], dtype=float)[whole] for name in ("step", "epoch"))
     return [Series(steps, epochs, values) for values in norms[whole].T if len(values)]
@@ -109,11 +110,11 @@ def _accuracies(blocks: dict[str, Any], reader: str) -> np.ndarray:
     """Return rows of (block, top-1, low, high), the last three in per cent."""
     rows = []
     for block, results in blocks.items():
-        result = results.get(reader) or {}
-        top1 = number(result.get("top1"))
-        low, high = result.get("interval") or (np.nan, np.nan)
-        if top1 is not None:
-            rows.append((int(block), 100 * top1, 100 * low, 100 * high))
+        result = results.get(reader) if isinstance(results, dict) else None
+        found = [result.get("top1"), *(result.get("interval") or ())] if isinstance(result, dict) else []
+        known = [value for value in map(number, found) if value is not None]
+        if len(known) == 3 and block.isdecimal():
+            rows.append((int(block), *(100 * value for value in known)))
     return np.array(sorted(rows), dtype=float).reshape(-1, 4)
 
 

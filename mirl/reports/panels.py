@@ -24,18 +24,23 @@ SHEET_EFFORTS = ((1100, 80), (1100, 60), (1100, 40), (800, 40), (500, 30), (250,
 
 @dataclass(frozen=True)
 class Effort:
-    """How much to show: most moments and images, the longer side of a panel in pixels, WebP's quality."""
+    """How much to show: most moments and images, the longer side of a panel in pixels, WebP's quality.
+
+    `exact` keeps panels that are shown enlarged without loss: their pixels are seen one by one.
+    """
 
     moments: int
     images: int
     side: int
     quality: int
+    exact: bool = False
 
 
 # From the best to what always fits.
 EFFORTS = (
-    Effort(12, 8, 160, 85), Effort(12, 8, 160, 70), Effort(12, 8, 144, 55), Effort(10, 6, 128, 45),
-    Effort(7, 6, 112, 40), Effort(5, 6, 96, 35), Effort(3, 4, 80, 30), Effort(2, 2, 64, 25), Effort(1, 1, 48, 20),
+    Effort(12, 8, 160, 85, exact=True), Effort(12, 8, 160, 85), Effort(12, 8, 160, 70), Effort(12, 8, 144, 55),
+    Effort(10, 6, 128, 45), Effort(7, 6, 112, 40), Effort(5, 6, 96, 35), Effort(3, 4, 80, 30), Effort(2, 2, 64, 25),
+    Effort(1, 1, 48, 20),
 )  # fmt: skip
 
 
@@ -163,7 +168,7 @@ def _encode_panel(pixels: np.ndarray, effort: Effort) -> str:
     image = Image.fromarray(np.ascontiguousarray(pixels))
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.LANCZOS)
-    return _encode(image, quality=effort.quality)
+    return _encode(image, quality=effort.quality, lossless=effort.exact and max(height, width) <= SMALL)
 
 
 def _encode(image: Image.Image, **options: Any) -> str:

@@ -74,11 +74,15 @@ def _curves(runs: Sequence[Run]) -> Section:
 
 def reconstructions(runs: Sequence[Run], shown: Sequence[Gallery]) -> Section:
     """Show held-out images as the model fills them in, or the pictures of the last evaluation where it does not."""
-    reading = "Held-out images, never trained on, and what the decoder makes of the patches that are not masked."
+    reading = (
+        "Held-out images, never trained on, and what the decoder makes of the patches that it sees. Visible patches "
+        "are shown as they are."
+    )
     if any(run.config.get("method") == "mirl" for run in runs):
         reading = (
             "Held-out images, never trained on. The shallow half of the encoder predicts the main component, the deep "
-            "half the residual that it missed, drawn around grey; the loss compares their sum with the original."
+            "half the residual that it missed, drawn around grey; the loss compares their sum with the "
+            "original. Visible patches are shown as they are."
         )
     galleries: list[Gallery] = []
     sheets: list[Sheet] = []
@@ -92,7 +96,7 @@ def reconstructions(runs: Sequence[Run], shown: Sequence[Gallery]) -> Section:
             galleries.append(gallery)
         elif found := _last_picture(run, len(runs)):
             sheets.append(found)
-            if not run.pretraining:
+            if not any(other.pretraining for other in runs):
                 reading = "What the classifier is shown at the last evaluation and says of it, with the truth if wrong."
     missing = "No pictures yet: they are written at each evaluation."
     return Section(
@@ -124,8 +128,8 @@ def _blocks(runs: Sequence[Run]) -> Section:
 
 def _gradients(runs: Sequence[Run]) -> Section:
     reading = (
-        "How large the gradient of each block is before clipping: blocks with a small one are trained by little but "
-        "weight decay. The paper's appendix C compares residual learning with a single loss in this way."
+        "How large the gradient of each block is, before clipping. AdamW scales it, so that a small gradient is no "
+        "small step; the paper's appendix C compares encoders of different methods in this way."
     )
     missing = "No gradient norms of blocks are recorded: the run has no step yet, or was made by an earlier release."
     return Section("gradients", "Gradients of blocks", reading, charts=tuple(depth.gradients(runs)), missing=missing)
@@ -140,6 +144,7 @@ def _diagnosis(runs: Sequence[Run]) -> Section:
         for document in run.documents("diagnosis/diagnosis.json").found.values():
             encoders = document.get("encoders")
             for found in encoders if isinstance(encoders, list) else ():
+                found = found if isinstance(found, dict) else {}
                 lines += [f"{name}{line}" for line in found.get("verdict") or ()]
         if picture := sheet(
             run.folder / "diagnosis" / "diagnosis.png", f"{run.name}: charts of the diagnosis", len(runs)

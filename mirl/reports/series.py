@@ -3,13 +3,14 @@
 Symbols: n recorded steps.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
-from mirl.reports.contents import Row
+from mirl.reports.contents import Row, number
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ def series(rows: Sequence[Row], name: str, *, scale: float = 1.0, over: str | No
 
 
 def _column(rows: Sequence[Row], name: str) -> np.ndarray:
-    return np.array([row.get(name) for row in rows], dtype=float)  # None becomes NaN
+    values = (number(row.get(name)) for row in rows)
+    return np.array([math.nan if value is None else value for value in values])
 
 
 def thin(found: Series, most: int) -> Series:

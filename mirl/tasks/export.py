@@ -71,7 +71,7 @@ def write_encoder(model: VisionTransformer, weights: Weights, folder: Path, card
 def how_to_classify(run: RunFolder, image_size: Size, channels: int, classes: int) -> str:
     """Return lines that a user can paste."""
     return f"""
-done: {run.path} · report.html shows the run, results.json has the accuracy of each class
+done: {run.path} · results.json has the accuracy of each class, pictures/ shows examples
 
     import timm, torch
     classifier = timm.create_model("local-dir:{run.encoder}", pretrained=True).eval()
@@ -87,7 +87,7 @@ def how_to_use(run: RunFolder, settings: Resolved) -> str:
     height, width = settings.image_size
     features = parse_model(settings.model)[0]
     return f"""
-done: {run.path} · open report.html to see what was learned; checkpoints/ can be resumed
+done: {run.path} · pictures/ shows what was learned, checkpoints/ can be resumed
 
     import timm, torch
     encoder = timm.create_model("local-dir:{run.encoder}", pretrained=True).eval()

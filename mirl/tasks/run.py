@@ -55,15 +55,21 @@ def carry_out(fabric: Fabric, settings: ResolvedRun, task: RunnableTask[B], run:
         UserError: what the loop raises, and a disk that is full.
         KeyboardInterrupt: after SIGINT or SIGTERM, once the state is saved.
     """
+    started = False
     try:
         micro_batch, seconds = probe(fabric, task, settings.micro_batch, run)
         settings = replace(settings, micro_batch=micro_batch)
         run.write_config(settings.saved())
+        started = True
         for line in [*task.summary(), *_machine(fabric, settings, seconds * len(task.training) * settings.epochs)]:
             run.say(line)
         _train(fabric, settings, task, run)
         if fabric.is_global_zero:
             task.finish(run, settings)
+    except UserError as error:
+        if started and fabric.is_global_zero:
+            run.incident(run.last_step(), "failed", str(error), quiet=True)
+        raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -71,17 +77,17 @@ def carry_out(fabric: Fabric, settings: ResolvedRun, task: RunnableTask[B], run:
             f"cannot write to {run.path}: {error.strerror}; the last checkpoint is kept; free space, then add --resume"
         ) from error
     finally:
-        if fabric.is_global_zero and settings.report:
-            leave_report(run)
-        run.close()
+        try:
+            if started and fabric.is_global_zero and settings.report:
+                leave_report(run)
+        finally:
+            run.close()
 
 
 def leave_report(run: RunFolder) -> None:
-    """Write report.html if anything was measured; if it cannot be written, say so: the run itself is whole."""
-    if not run.rows():
-        return
+    """Write report.html; if it cannot be written, say so: the run itself is whole."""
     try:
-        write_report(run.path)
+        run.say(f"open {write_report(run.path)} to see the run")
     except Exception as error:  # whatever is wrong with a page must not fail days of training
         reason = " ".join(str(error).split()) or type(error).__name__
         run.say(f"report.html could not be written ({reason}); try mirl report {run.path}")
@@ -109,6 +115,8 @@ def _train(fabric: Fabric, settings: ResolvedRun, task: RunnableTask[B], run: Ru
         task.average.to(fabric.device)
     progress = loop.restore(fabric, run, task, optimizer, task.samples) if settings.resume else loop.Progress()
     run.forget_after(progress.step)
+    if not progress.step:
+        run.record({"kind": "data", "step": 0, "samples": task.samples})
     if progress.step >= steps:
         run.say(f"the run is complete ({steps} steps); a longer one needs another --out")
         return

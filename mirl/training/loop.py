@@ -272,7 +272,7 @@ def evaluate(
         rows = run.rows()
         draw_curves(rows, run.pictures / "curves.png")
         if any(row["kind"] == "gradients" for row in rows):
-            draw_gradients({run.path.name: rows}, run.pictures / "gradients.png")
+            draw_gradients(rows, run.pictures / "gradients.png")
     fabric.barrier()
     task.model.train()
     return means

@@ -1,7 +1,7 @@
 """Pictures during a run: reconstructions, images with captions, curves, the gradients of each block."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,19 +84,17 @@ def _curve(axes: Any, rows: Sequence[dict[str, Any]], name: str, **style: Any) -
     axes.plot(*zip(*known, strict=True), linewidth=0.8, markersize=3, **style) if known else None
 
 
-def draw_gradients(runs: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:
-    """Draw the gradient norm of the encoder over epochs, and of each block, to a PNG. Paper: Appendix C.
+def draw_gradients(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw the encoder's gradient norm over epochs, and each block's mean over the run, from rows of metrics.jsonl.
 
-    Args:
-        runs: rows of metrics.jsonl by the name of their run; the blocks' norms are means over the run.
+    Paper: Appendix C.
     """
+    known = [row for row in rows if row["kind"] == "gradients"]
     figure = Figure(figsize=(9, 3.4), dpi=120, layout="constrained")
     over_time, by_block = figure.subplots(1, 2)
-    for name, rows in runs.items():
-        known = [row for row in rows if row["kind"] == "gradients"]
-        over_time.plot([row["epoch"] for row in known], [row["encoder"] for row in known], linewidth=0.8, label=name)
-        means = [sum(norms) / len(norms) for norms in zip(*(row["blocks"] for row in known), strict=True)]
-        by_block.plot(range(1, len(means) + 1), means, marker=".", linewidth=1, label=name)
+    over_time.plot([row["epoch"] for row in known], [row["encoder"] for row in known], linewidth=0.8)
+    means = [sum(norms) / len(norms) for norms in zip(*(row["blocks"] for row in known), strict=True)]
+    by_block.plot(range(1, len(means) + 1), means, marker=".", linewidth=1)
     over_time.set(title="gradient norm of the encoder", xlabel="epoch")
     by_block.set(title="gradient norm of each block, mean over the run", xlabel="block")
     by_block.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -105,7 +103,5 @@ def draw_gradients(runs: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> 
         axes.title.set_size(9)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
-        if len(runs) > 1:
-            axes.legend(fontsize=8)
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png")

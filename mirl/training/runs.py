@@ -23,7 +23,7 @@ ENTRIES = (
     *("encoder.tmp", "pictures", "results.json", "readouts", "evaluations"),
     *("report.html", "reconstructions", "diagnosis"),
 )
-Incident = Literal["resumed", "stopped", "skipped step", "unusable file", "memory"]
+Incident = Literal["resumed", "stopped", "skipped step", "unusable file", "memory", "failed"]
 console = Console(highlight=False, soft_wrap=True, emoji=False)  # "shapes:100" is not an emoji
 
 
@@ -126,6 +126,10 @@ class RunFolder:
             except json.JSONDecodeError:
                 continue
         return rows
+
+    def last_step(self) -> int:
+        """Return the last step that anything is recorded of."""
+        return max((row["step"] for row in self.rows()), default=0)
 
     def forget_after(self, step: int) -> None:
         """Drop rows of steps that the resumed run does again, and a last line that a kill cut short."""

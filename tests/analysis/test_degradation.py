@@ -162,7 +162,10 @@ def test_weights_are_where_they_began_and_move_with_training(run, tmp_path):
     fresh = opened.__class__(**vars(opened) | {"state": opened.build(trained=False, seed=0).state_dict()})
     assert distances(fresh, 0) == [0.0] * 4
     own = shutil.copytree(run, tmp_path / "own")
-    (found,) = diagnose(weights=own, **LOOK).values()
+    few = shutil.copytree(run, tmp_path / "few")
+    diagnose(weights=few, **LOOK)
+    assert "fresh" not in kinds(said(few / "diagnosis"))  # of 384 patches nothing is said that rests on chance
+    (found,) = diagnose(weights=own, **LOOK | {"data": "shapes:40:32", "images": 40}).values()
     assert all(0.0005 < moved < 0.01 for moved in found.distance)  # one step; other first weights are 1.4 away
     assert min(distances(opened, 1)) > 1
     assert (own / "diagnosis" / "diagnosis.png").exists()
@@ -216,7 +219,7 @@ def test_fresh_last_blocks_are_fine_tuned_once_and_resumed(tmp_path, capfd):
         "data": write_patterns(tmp_path / "few", train=8, val=3), "reinit_epochs": 1, "workers": 0, "out": tmp_path,
     }  # fmt: skip
     diagnose(**options)
-    assert sorted(path.name for path in (tmp_path / "reinit").iterdir()) == ["k00_seed0", "k02_seed0"]
+    assert sorted(path.name for path in (tmp_path / "reinit").iterdir()) == ["began_with.txt", "k00_seed0", "k02_seed0"]
     first = said(tmp_path)
     assert [(t["count"], t["seed"], t["images"]) for t in first["trials"]] == [(0, 0, 12), (2, 0, 12)]
     assert "for 1 epoch; 1 seed, so no spread is known; 12 test images" in kinds(first)["reinit"]["sentence"]
@@ -228,17 +231,24 @@ def test_fresh_last_blocks_are_fine_tuned_once_and_resumed(tmp_path, capfd):
     assert "2 fine-tunings of 1 epoch, 1 of them are there; 1 takes about" in output and "1 of 1 is done" in output
     assert (tmp_path / "reinit" / "k00_seed0" / "log.txt").read_text() == log
     assert [trial["count"] for trial in said(tmp_path)["trials"]] == [0, 2]
+    diagnose(**options | {"workers": 1, "image_size": 16})  # as many as before, and the size that it has
     with pytest.raises(UserError, match="k00_seed0 was fine-tuned with --epochs 1, not 2; choose another --out or"):
         diagnose(**options | {"reinit_epochs": 2})
+    changed(tmp_path / "encoder", lambda state: state["blocks.0.mlp.fc1.bias"].add_(1e-3))
+    with pytest.raises(UserError, match="reinit began with other weights or images; remove it or choose another"):
+        diagnose(**options)
 
 
 @pytest.mark.parametrize(
     ("top1", "kind", "words"),
     [
-        ([(0.50, 0.51), (0.60, 0.61)], "harmed", "10.0 points better than the trained ones: at this budget"),
-        ([(0.50, 0.51), (0.52, 0.53)], "reinit", "more than seeds but not more than the test images leave open"),
-        ([(0.50, 0.58), (0.55, 0.57)], "reinit", "2.0 points better than the trained ones, within what seeds"),
-        ([(0.50, 0.51), (0.40, 0.41)], "reinit", "10.0 points worse than the trained ones"),
+        ([(0.50, 0.51, 0.52), (0.60, 0.61, 0.63)], "harmed", "10.3 points better than the trained ones: at this"),
+        ([(0.50, 0.51, 0.52), (0.52, 0.53, 0.545)], "reinit", "more than seeds but not more than the test images"),
+        ([(0.50, 0.58, 0.54), (0.55, 0.57, 0.59)], "reinit", "3.0 points better than the trained ones, within what"),
+        ([(0.50, 0.51, 0.52), (0.40, 0.41, 0.43)], "reinit", "9.7 points worse than the trained ones. Accuracy"),
+        ([(0.50, 0.58, 0.54), (0.51, 0.55, 0.53)], "reinit", "worse than the trained ones, within what seeds leave"),
+        ([(0.50, 0.51, 0.52), (0.50, 0.51, 0.52)], "reinit", "fine-tune as well as the trained ones. Accuracy"),
+        ([(0.50, 0.51), (0.90, 0.92)], "reinit", "within what seeds leave open: no harm"),  # two seeds are too few
         ([(0.50,), (0.90,)], "reinit", "within what seeds leave open: no harm"),
     ],
 )

@@ -443,3 +443,34 @@ def test_official_mae_checkpoints(photos, tmp_path, monkeypatch):
         reconstruct(str(tmp_path / name), [str(photos[0])], out=str(tmp_path / "a.png")) for name in ("mae.pth", "run")
     )
     torch.testing.assert_close(official.terms[0].total, ours.terms[0].total, atol=1e-5, rtol=1e-5)
+
+
+def test_images_and_masks_of_another_form_are_refused(folder):
+    write_run(folder / "forms", **METHODS[2])
+    model = Reconstructor(str(folder / "forms"))
+    images = torch.zeros(2, model.channels, *model.image_size, dtype=torch.uint8)
+    hidden = torch.stack([model.random_mask(0.5, seed) for seed in (0, 1)])
+    unequal = torch.stack([model.random_mask(share) for share in (0.5, 0.25)])
+    for given, mask, message in [
+        (images.float(), hidden, "images are torch.float32"),
+        (images[..., :-1], hidden, "give torch.uint8"),
+        (images, hidden[:1], "give torch.uint8"),
+        (images, hidden[:, :-1], "masks are torch.bool"),
+        (images, hidden.float(), "masks are torch.float32"),
+        (images, unequal, "as many in each image"),
+        (images, torch.ones_like(hidden), "hide some patches, not all"),
+        (images, torch.zeros_like(hidden), "hide some patches, not all"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            model(given, mask)
+
+
+def test_images_that_came_since_the_run_are_warned_of(tiny, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    first, *_ = write_images(photos, 20)
+    run = mirl.pretrain(**tiny | {"data": str(photos), "epochs": 1, "batch_size": 8}, out=tmp_path / "run")
+    reconstruct(str(run))
+    assert "warning" not in capsys.readouterr().out
+    shutil.copy(first, photos / "another.png")
+    reconstruct(str(run))
+    assert "the run began with 20 images and there are 21 now" in capsys.readouterr().out

@@ -258,3 +258,18 @@ def test_many_runs_stay_small(tmp_path):
 def test_the_scale_of_colours():
     assert [ramp(share) for share in (0, 0.5, 1)] == ["#" + "".join(f"{v:02x}" for v in colour) for colour in RAMP]
     assert ramp(-1) == ramp(0) and ramp(2) == ramp(1)
+
+
+def test_files_of_another_shape_are_passed_over(tmp_path):
+    folder = write_run(tmp_path / "run")
+    for path, content in {
+        "diagnosis/diagnosis.json": {"encoders": [None, {"verdict": ["a verdict"]}]},
+        "readouts/probe.json": {"command": "probe", "blocks": {"last": {"linear": {"top1": 0.5}}, "1": None}},
+        "readouts/knn.json": {"blocks": {"1": {"k=10": {"top1": 0.5, "interval": [None, 1]}}}},
+    }.items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_text(json.dumps(content))
+    with open(folder / "metrics.jsonl", "a") as file:
+        for row in ({"kind": "train", "loss": "x"}, {"kind": "gradients", "encoder": 1, "blocks": [1, "a"]}):
+            file.write(json.dumps(row | {"step": 1, "epoch": 1}) + "\n")
+    assert "a verdict" in words(write_report(folder))

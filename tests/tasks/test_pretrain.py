@@ -18,6 +18,7 @@ from mirl.cli import main
 from mirl.data.loading import collate
 from mirl.data.sources import open_source
 from mirl.data.transforms import normalise
+from mirl.errors import UserError
 from mirl.models.patches import gather, patchify
 from mirl.objectives.pixels import pixel_target, reconstruction_loss
 from mirl.tasks.pretrain import PretrainTask, split_off_held_out
@@ -66,6 +67,25 @@ def test_pictures_show_the_held_out_images_as_often_as_they_are_evaluated(run):
     for row in recorded:
         with Image.open(run / row["file"]) as atlas:
             assert atlas.size == (len(row["panels"]) * row["width"], row["images"] * row["height"])
+
+
+def test_a_run_leaves_its_report_however_it_ends(tiny, tmp_path, capsys):
+    whole = mirl.pretrain(**tiny | {"epochs": 1, "report": True}, out=tmp_path / "whole")
+    assert f"open {whole / 'report.html'} to see the run" in capsys.readouterr().out
+    assert "finished after 6 steps" in (whole / "report.html").read_text()
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for index in range(40):
+        pixels = np.random.default_rng(index).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(photos / f"{index:02}.png")
+        if index % 3 == 0:
+            (photos / f"{index:02}.png").write_bytes(b"")
+    options = tiny | {"data": str(photos), "batch_size": 8, "epochs": 1, "max_bad": 0.1, "report": True}
+    with pytest.raises(UserError, match="cannot be used, more than --max_bad"):
+        mirl.pretrain(**options, out=tmp_path / "failed")
+    (failed,) = (row for row in rows(tmp_path / "failed", "incident") if row["what"] == "failed")
+    assert "mend the files named in log.txt" in failed["text"]
+    assert "more than --max_bad" in (tmp_path / "failed" / "report.html").read_text()
 
 
 def test_every_step_is_recorded_with_finite_numbers(run):

@@ -56,10 +56,9 @@ def test_a_picture_is_a_readable_png(channels, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
 
 
-@pytest.mark.parametrize("names", [["run"], ["run", "another"]])
-def test_gradients_are_drawn_of_one_run_and_of_two(names, tmp_path):
+def test_gradients_are_drawn(tmp_path):
     rows = [{"kind": "gradients", "epoch": k, "encoder": 2.0 / (k + 1), "blocks": [0.1, 0.2 * k + 0.1, 0.3]}
             for k in range(4)]  # fmt: skip
     others = [{"kind": "train", "epoch": 0, "loss": 1.0}]
-    draw_gradients({name: [*others, *rows] for name in names}, tmp_path / "gradients.png")
+    draw_gradients([*others, *rows], tmp_path / "gradients.png")
     assert pixels(tmp_path / "gradients.png").std() > 5
