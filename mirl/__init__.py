@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from mirl.analysis.app import app
     from mirl.analysis.cost import info
     from mirl.analysis.degradation import DiagnoseOptions, diagnose
-    from mirl.analysis.reconstruct import Reconstructor, reconstruct
+    from mirl.analysis.reconstruct import reconstruct
+    from mirl.analysis.reconstructor import Reconstructor
     from mirl.errors import UserError
     from mirl.reports.page import report
     from mirl.tasks.convert import Conversion, convert
@@ -41,7 +42,7 @@ _HOMES = {
     "convert": "mirl.tasks.convert",
     "Conversion": "mirl.tasks.convert",
     "reconstruct": "mirl.analysis.reconstruct",
-    "Reconstructor": "mirl.analysis.reconstruct",
+    "Reconstructor": "mirl.analysis.reconstructor",
     "diagnose": "mirl.analysis.degradation",
     "DiagnoseOptions": "mirl.analysis.degradation",
     "report": "mirl.reports.page",

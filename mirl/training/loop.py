@@ -170,6 +170,7 @@ def fit(
             run.record(row)
             if step.blocks:
                 run.record({"kind": "gradients", **done, "encoder": step.blocks[0], "blocks": step.blocks[1:]})
+                monitor.scalars("gradients", {f"{i:02}": norm for i, norm in enumerate(step.blocks)}, progress.step)
             monitor.step(row)
             if progress.step % plan.evaluate_every == 0 or progress.step == plan.steps:
                 evaluate(fabric, task, held_out, run, monitor, progress, plan)

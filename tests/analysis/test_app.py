@@ -247,6 +247,7 @@ def browser():
 
         def visit(address, width=1280, height=900):
             page = browser.new_page(viewport={"width": width, "height": height})
+            page.set_default_timeout(120_000)  # a busy machine may be slow
             elsewhere, complaints = [], []
 
             def only_here(route):
@@ -279,7 +280,7 @@ def test_the_page_in_a_browser(run, browser, tmp_path):
 
         def until(line):
             """Wait for the line below the canvas; return the pictures, all of which are others than before."""
-            message.get_by_text(line, exact=True).wait_for(timeout=30_000)
+            message.get_by_text(line, exact=True).wait_for()
             page.wait_for_function(
                 "before => { const now = [...document.querySelectorAll('#pictures img')];"
                 "return now.length == 9 && now.every((image, i) => image.src != before[i] && image.complete"
@@ -320,18 +321,18 @@ def test_the_page_in_a_browser(run, browser, tmp_path):
         assert page.get_by_label("painted", exact=True).is_checked()
 
         page.locator("#canvas button[title='Clear canvas']").click()
-        message.get_by_text("the mask hides 0 of 16 patches; hide some, not all").wait_for(timeout=30_000)
+        message.get_by_text("the mask hides 0 of 16 patches; hide some, not all").wait_for()
         page.get_by_label("random", exact=True).check()
         until("8 of 16 patches masked")
 
         page.locator("#file button[aria-label=Clear], #file button[aria-label=Remove]").first.click()
         page.locator("#file input[type=file]").set_input_files(tmp_path / "bad.png")
-        page.get_by_text("bad.png is not an image").wait_for(timeout=30_000)
+        page.get_by_text("bad.png is not an image").wait_for()
         assert message.get_by_text("8 of 16 patches masked", exact=True).is_visible() and shown() == until.before
         assert elsewhere == [] and complaints == []
 
         small, elsewhere, complaints = browser(address, 390, 844)
-        small.locator("#message").get_by_text("12 of 16 patches masked").wait_for(timeout=30_000)
+        small.locator("#message").get_by_text("12 of 16 patches masked").wait_for()
         assert small.evaluate("document.documentElement.scrollWidth") <= 390
         assert elsewhere == [] and complaints == []
 

@@ -342,7 +342,8 @@ def samples():
     yield from (
         (format, encoded(rgb, format)) for format in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA")
     )
-    yield from ((format, encoded(rgb, format)) for format in ("JPEG2000", "ICO", "PCX", "SGI", "DDS", "QOI", "ICNS"))
+    yield from ((format, encoded(rgb, format)) for format in ("JPEG2000", "PCX", "SGI", "DDS", "QOI", "ICNS"))
+    yield "ICO", encoded(rgb, "ICO", sizes=[(W, H)])  # the usual sizes are larger than this image
     yield "deep PNG", encoded(deep, "PNG")
     yield "LZW TIFF", encoded(rgb, "TIFF", compression="tiff_lzw")
     yield "JPEG TIFF", encoded(rgb, "TIFF", compression="jpeg")

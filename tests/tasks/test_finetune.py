@@ -72,7 +72,7 @@ def test_a_run_leaves_every_file(classified):
     # Tests that judge this run leave evaluations in it.
     assert {path.name for path in classified.iterdir()} - {"evaluations"} == names | {"results.json"}
     assert {path.stem for path in (classified / "pictures").iterdir()} == {
-        "augmented", "curves", "step_00000000", "step_00000036"
+        "augmented", "curves", "gradients", "step_00000000", "step_00000036"
     }  # fmt: skip
     for path in (classified / "pictures").iterdir():
         with Image.open(path) as picture:
