@@ -40,7 +40,7 @@ def main(steps: int = 200, batch_size: int = 32) -> list[float]:
         visible, masked = split(torch.rand(patches.shape[:2]), mask_ratio=0.75)  # [b, v], [b, m]
         predictions = model(patches, visible, masked)  # one [b, m, p] per decoder
         target = pixel_target(gather(patches, masked), "normalised")
-        loss_of_images, loss_of_pairs = reconstruction_loss(predictions, target, method.terms)
+        loss_of_images, loss_of_pairs = reconstruction_loss(predictions, {"image": target}, method.terms)
 
         loss = loss_of_images.mean()
         loss.backward()

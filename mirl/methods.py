@@ -5,24 +5,40 @@ Every method of the paper is one value of `Method`. The autoencoder reads `taps`
 embedding z_0, before the first block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from mirl.errors import UserError
 
-Context = Literal["none", "dense"]
+Context = Literal["none", "previous", "dense"]
+Part = Literal["image", "coarse", "fine"]
 
 
 @dataclass(frozen=True)
 class Term:
-    """One reconstruction: the sum of `decoders`' predictions is compared with the pixels, times `weight`.
+    """One reconstruction: the sum of `decoders`' predictions is compared with a part of the image, times `weight`.
 
     In a pair (shallow, deep) the first member predicts the main component, the second the residual (Eq. 6).
+
+    Args:
+        decoders: whose predictions are added.
+        weight: of this term's loss.
+        target: the image, or its coarse or fine part (Table 2e).
+        detached: those of `decoders` whose predictions are taken as they are: this term does not train them.
     """
 
     decoders: tuple[int, ...]
     weight: float
+    target: Part = "image"
+    detached: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What records call this term: pair_1, residual_1 (beside a detached main component), decoder_2, fine_2."""
+        if len(self.decoders) > 1:
+            return f"{'residual' if self.detached else 'pair'}_{self.decoders[0]}"
+        return f"{'decoder' if self.target == 'image' else self.target}_{self.decoders[0]}"
 
 
 @dataclass(frozen=True)
@@ -32,8 +48,9 @@ class Method:
     Args:
         name: what the user typed and the run folder records.
         taps: after how many encoder blocks each decoder reads, ascending. Blocks after the last tap are not built.
-        context: whose tokens a decoder may cross-attend: `none`, or `dense`, every shallower segment's and z_0's.
-        terms: the sums that the loss compares with the target.
+        context: whose tokens a decoder may cross-attend: `none`, `previous`, the segment before its own (z_0 for the
+            first), or `dense`, every shallower segment's and z_0's.
+        terms: the sums that the loss compares with their targets.
     """
 
     name: str
@@ -44,9 +61,9 @@ class Method:
     def __post_init__(self) -> None:
         if not self.taps or self.taps[0] < 1 or any(a >= b for a, b in zip(self.taps, self.taps[1:], strict=False)):
             raise UserError(f"taps {list(self.taps)} are not ascending block counts from 1; give e.g. 6,12")
-        used = {decoder for term in self.terms for decoder in term.decoders}
-        # A decoder in no term would get no gradient, which stops distributed training.
-        assert used == set(range(1, len(self.taps) + 1)), f"terms use decoders {used}, there are {len(self.taps)}"
+        trained = {decoder for term in self.terms for decoder in term.decoders if decoder not in term.detached}
+        # A decoder that no term trains would get no gradient, which stops distributed training.
+        assert trained == set(range(1, len(self.taps) + 1)), f"terms train {trained}, there are {len(self.taps)}"
 
     @property
     def depth(self) -> int:
@@ -55,12 +72,31 @@ class Method:
 
     def memory(self, decoder: int) -> tuple[int, ...]:
         """List the segments whose tokens `decoder` cross-attends, deepest first, z_0 last. Paper: Eq. (8)."""
-        return tuple(range(decoder - 1, -1, -1)) if self.context == "dense" else ()
+        reach = {"none": 0, "previous": 1, "dense": decoder}[self.context]
+        return tuple(range(decoder - 1, decoder - 1 - reach, -1))
 
 
 def default_segments(depth: int) -> int:
     """Return the paper's number of segments for an encoder of `depth` blocks. Paper: Sec. 4, pre-training setup."""
     return {24: 4, 48: 6, 54: 6}.get(depth, 2)
+
+
+def mae(depth: int) -> Method:
+    """Build the masked autoencoder: one decoder after the last block predicts the pixels. Paper: Eq. (1)-(4)."""
+    return Method("mae", (depth,), "none", (Term((1,), 1.0),))
+
+
+def truncated_mae(depth: int, blocks: int) -> Method:
+    """Build a masked autoencoder of the first `blocks` of `depth` blocks; fine-tuning adds the others, fresh.
+
+    Raises:
+        UserError: if nothing would be left out.
+
+    Paper: Sec. 2.2, Figures 1b and 2.
+    """
+    if not 1 <= blocks < depth:
+        raise UserError(f"truncated_mae trains the first of {depth} blocks; give --taps with one number below {depth}")
+    return Method("truncated_mae", (blocks,), "none", (Term((1,), 1.0),))
 
 
 def mirl(
@@ -79,30 +115,107 @@ def mirl(
 
     Paper: Eq. (5)-(8), Table 2b.
     """
+    taps = _taps(depth, segments, taps, paired=True)
+    members: Sequence[tuple[int, ...]] = _pairs(len(taps)) or [(1,)]
+    return Method("mirl", taps, context, tuple(Term(each, 1 / len(members)) for each in members))
+
+
+def multi_decoder(
+    depth: int, segments: int | None = None, *, taps: Sequence[int] | None = None, context: Context = "dense"
+) -> Method:
+    """Build simple multi-decoders: every segment reconstructs the whole image by itself. Arguments as for `mirl`.
+
+    Paper: Sec. 4.2, Table 2d.
+    """
+    taps = _taps(depth, segments, taps, paired=False)
+    return Method("multi_decoder", taps, context, tuple(Term((g,), 1 / len(taps)) for g in range(1, len(taps) + 1)))
+
+
+def coarse_to_fine(
+    depth: int, segments: int | None = None, *, taps: Sequence[int] | None = None, context: Context = "dense"
+) -> Method:
+    """Build fixed targets in place of learnt ones: shallow segments predict the image's coarse part, deep its fine.
+
+    Arguments as for `mirl`. Paper: Sec. 4.2, Table 2e.
+    """
+    return _separated("coarse_to_fine", ("coarse", "fine"), depth, segments, taps, context)
+
+
+def fine_to_coarse(
+    depth: int, segments: int | None = None, *, taps: Sequence[int] | None = None, context: Context = "dense"
+) -> Method:
+    """Build `coarse_to_fine` with its targets exchanged. Paper: Sec. 4.2, Table 2e."""
+    return _separated("fine_to_coarse", ("fine", "coarse"), depth, segments, taps, context)
+
+
+def explicit_residual(
+    depth: int, segments: int | None = None, *, taps: Sequence[int] | None = None, context: Context = "dense"
+) -> Method:
+    """Build residuals that are asked for: a shallow decoder learns the image alone, the deep one what it left.
+
+    Where `mirl` compares only the sum, here the main component has a loss of its own, and is detached in the sum's.
+    Arguments as for `mirl`. Ours, after the paper's mention of another form of Eq. (6) in Appendix B.2, which is not
+    published with it.
+    """
+    taps = _taps(depth, segments, taps, paired=True, alone=False)
+    pairs = _pairs(len(taps))
+    weight = 1 / (2 * len(pairs))
+    mains = (Term((shallow,), weight) for shallow, _ in pairs)
+    residuals = (Term((shallow, deep), weight, detached=(shallow,)) for shallow, deep in pairs)
+    return Method("explicit_residual", taps, context, (*mains, *residuals))
+
+
+# By the names that users type; all take depth, segments, taps and context.
+SEGMENTED: dict[str, Callable[..., Method]] = {
+    "mirl": mirl,
+    "multi_decoder": multi_decoder,
+    "coarse_to_fine": coarse_to_fine,
+    "fine_to_coarse": fine_to_coarse,
+    "explicit_residual": explicit_residual,
+}
+
+
+def _separated(
+    name: str, parts: tuple[Part, Part], depth: int, segments: int | None, taps: Sequence[int] | None, context: Context
+) -> Method:
+    taps = _taps(depth, segments, taps, paired=True, alone=False)
+    terms = (
+        Term((decoder,), 1 / len(taps), part)
+        for pair in _pairs(len(taps))
+        for decoder, part in zip(pair, parts, strict=True)
+    )
+    return Method(name, taps, context, tuple(terms))
+
+
+def _pairs(count: int) -> list[tuple[int, int]]:
+    """Pair shallow with deep: (1, G), (2, G - 1) ... Nothing if there is only one."""
+    return [(g, count - g + 1) for g in range(1, count // 2 + 1)]
+
+
+def _taps(
+    depth: int, segments: int | None, taps: Sequence[int] | None, *, paired: bool, alone: bool = True
+) -> tuple[int, ...]:
+    """Return where decoders read: `taps`, or after equal segments; check that they can be paired.
+
+    Args:
+        paired: whether segments go in pairs; alone: whether a single segment is allowed.
+    """
+
+    def allowed(count: int) -> bool:
+        return alone if count == 1 else count % 2 == 0 or not paired
+
     if taps is None:
-        taps = _equal_taps(depth, default_segments(depth) if segments is None else segments)
+        segments = default_segments(depth) if segments is None else segments
+        if segments < 1 or depth % segments:
+            counts = ", ".join(str(count) for count in range(1, depth + 1) if depth % count == 0 and allowed(count))
+            raise UserError(f"depth {depth} does not divide into {segments} segments; choose {counts} or give --taps")
+        taps = range(depth // segments, depth + 1, depth // segments)
     elif segments not in (None, len(taps)):
         raise UserError(f"{len(taps)} taps were given for {segments} segments; give one of the two")
     elif list(taps)[-1:] != [depth]:
         raise UserError(
             f"taps {list(taps)} do not end at depth {depth}; the deepest decoder reads after the last block"
         )
-    count = len(taps)
-    if count > 1 and count % 2:
-        raise UserError(f"{count} segments cannot be paired; choose 1 or an even number")
-    pairs = [(g, count - g + 1) for g in range(1, count // 2 + 1)] if count > 1 else [(1,)]
-    return Method("mirl", tuple(taps), context, tuple(Term(pair, 1 / len(pairs)) for pair in pairs))
-
-
-def mae(depth: int) -> Method:
-    """Build the masked autoencoder: one decoder after the last block predicts the pixels. Paper: Eq. (1)-(4)."""
-    return Method("mae", (depth,), "none", (Term((1,), 1.0),))
-
-
-def _equal_taps(depth: int, segments: int) -> tuple[int, ...]:
-    if segments < 1 or depth % segments:
-        allowed = [str(count) for count in range(1, depth + 1) if depth % count == 0 and (count == 1 or count % 2 == 0)]
-        raise UserError(
-            f"depth {depth} does not divide into {segments} segments; choose {', '.join(allowed)} or give --taps"
-        )
-    return tuple(range(depth // segments, depth + 1, depth // segments))
+    if not allowed(len(taps)):
+        raise UserError(f"{len(taps)} segments cannot be paired; choose {'1 or ' if alone else ''}an even number")
+    return tuple(taps)

@@ -67,7 +67,7 @@ class Autoencoder(nn.Module):
 
         Returns:
             One tensor per decoder, shallow to deep: [b, m, p] in the order of `masked`, or [b, n, p] in the order of
-            `visible` then `masked`.
+            `visible` then `masked`; features, where decoders predict them, after the p pixel values.
         """
         segments = run_segments(self.encoder, embed_visible(self.encoder, patches, visible), self.method.taps)
         norms = [*self.norms, self.encoder.norm]

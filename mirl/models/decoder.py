@@ -28,6 +28,7 @@ class DecoderShape:
         did_memory: what cross-attention reads: `raw`, the segments' outputs z at encoder width (the paper's Eq. 8), or
             `embedded`, the same after that segment's norm and decoder embedding (the official code).
         weight_norm: give each input feature's column of the prediction layer unit length (the official code).
+        features: values (a teacher's token) that a second layer predicts of each patch, besides its pixels.
     """
 
     width: int
@@ -36,6 +37,7 @@ class DecoderShape:
     did_blocks: Literal["first", "all"] = "first"
     did_memory: Literal["raw", "embedded"] = "raw"
     weight_norm: bool = False
+    features: int = 0
 
 
 class Attention(nn.Module):
@@ -96,6 +98,7 @@ class Decoder(nn.Module):
         )
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.predict = nn.Linear(width, patch_values)
+        self.predict_features = nn.Linear(width, shape.features) if shape.features else None
         initialise(self)
         nn.init.normal_(self.mask_token, std=0.02)
         if shape.weight_norm:  # after initialise, which would fill a weight that is computed
@@ -114,7 +117,8 @@ class Decoder(nn.Module):
                 computes queries for these alone.
 
         Returns:
-            [b, m, p] predictions of the masked patches, or [b, v + m, p], visible first.
+            [b, m, p] predictions of the masked patches, or [b, v + m, p], visible first. Where the shape has features,
+            they follow the p pixel values.
         """
         masked = positions.shape[1] - tokens.shape[1]
         mask_tokens = self.mask_token.to(tokens.dtype).expand(len(tokens), masked, -1)
@@ -123,4 +127,6 @@ class Decoder(nn.Module):
         for block in early:
             x = block(x, memory)
         x = last(x, memory, first_query=1 if all_patches else tokens.shape[1])
-        return self.predict(self.norm(x))
+        x = self.norm(x)
+        pixels = self.predict(x)
+        return pixels if self.predict_features is None else torch.cat([pixels, self.predict_features(x)], dim=-1)

@@ -1,12 +1,12 @@
 """The pixel objective: what masked patches should be, and how far the predictions are. Paper: Eq. (4), (6), (7)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mirl.methods import Term
+from mirl.methods import Part, Term
 
 Target = Literal["normalised", "raw"]
 VARIANCE_EPS = 1e-6
@@ -29,22 +29,27 @@ def pixel_target(patches: Tensor, target: Target) -> Tensor:
     return (patches - mean) / deviation
 
 
-def reconstruction_loss(predictions: Sequence[Tensor], target: Tensor, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
-    """Compare each term's summed predictions with the target, in float32.
+def total(predictions: Sequence[Tensor], term: Term) -> Tensor:
+    """Add up what the term's decoders predict, in float32; no gradient passes through its detached ones."""
+    members = (predictions[d - 1].detach() if d in term.detached else predictions[d - 1] for d in term.decoders)
+    return torch.stack([member.float() for member in members]).sum(0)
+
+
+def reconstruction_loss(
+    predictions: Sequence[Tensor], targets: Mapping[Part, Tensor], terms: Sequence[Term]
+) -> tuple[Tensor, Tensor]:
+    """Compare each term's summed predictions with its target, in float32.
 
     Args:
-        predictions: one [b, m, p] per decoder, shallow to deep; target: [b, m, p]; all on masked patches.
+        predictions: one [b, m, p] per decoder, shallow to deep, on masked patches.
+        targets: [b, m, p] for each part of the image that a term asks for.
 
     Returns:
         The loss [b] of each image, and the unweighted losses [terms, b]. Their means over b are the batch's.
 
     Paper: Eq. (6) for one term (Eq. (4) if it has one decoder), Eq. (7) for their weighted sum.
     """
-    target = target.float()
-    losses = []
-    for term in terms:
-        reconstruction = sum(predictions[decoder - 1].float() for decoder in term.decoders)
-        losses.append((reconstruction - target).square().mean(dim=(1, 2)))
+    losses = [(total(predictions, term) - targets[term.target].float()).square().mean(dim=(1, 2)) for term in terms]
     stacked = torch.stack(losses)
     weights = stacked.new_tensor([term.weight for term in terms])
     return (weights[:, None] * stacked).sum(0), stacked

@@ -147,9 +147,9 @@ class PretrainTask(RunnableTask[MaskedBatch]):
         patches = patchify(normalise(batch.images, self.settings.channels), self.patch_size)
         predictions = model(patches, batch.visible, batch.masked)
         target = pixel_target(gather(patches, batch.masked), self.settings.target)
-        loss, terms = reconstruction_loss(predictions, target, self.method.terms)
-        pairs = {f"pair_{g}": term for g, term in enumerate(terms, start=1)} if len(terms) > 1 else {}
-        return {"loss": loss, **pairs}
+        loss, of_terms = reconstruction_loss(predictions, {"image": target}, self.method.terms)
+        names = [term.name for term in self.method.terms]
+        return {"loss": loss, **(dict(zip(names, of_terms, strict=True)) if len(names) > 1 else {})}
 
     @property
     def encoder(self) -> VisionTransformer:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from mirl.errors import UserError
-from mirl.methods import Method, mae, mirl
+from mirl.methods import SEGMENTED, Method, mae, truncated_mae
 from mirl.models.autoencoder import Autoencoder, build_autoencoder
 from mirl.models.decoder import DecoderShape
 from mirl.models.encoder import parse_model
@@ -54,14 +54,18 @@ class _Pretraining:
     model: str | None = None
     """vit_{ti,s,b,l}_DEPTH or vit_WIDTHxHEADS_DEPTH, e.g. vit_s_54; by default that of --weights, else vit_s_54 on a
     GPU with 50,000 images or more, else vit_ti_12"""
-    method: Literal["mirl", "mae"] = "mirl"
-    """masked image residual learning, or the plain masked autoencoder"""
+    method: Literal[
+        "mirl", "mae", "truncated_mae", "multi_decoder", "coarse_to_fine", "fine_to_coarse", "explicit_residual"
+    ] = "mirl"
+    """masked image residual learning, the plain masked autoencoder, or what the paper compares them with
+    (docs/methods.md)"""
     segments: int | None = None
     """segments of the encoder, 1 or even; by default 4 for 24 blocks, 6 for 48 and 54, else 2 (the paper)"""
     taps: list[int] | None = None
-    """block counts after which decoders read, e.g. [4,12], for segments of unequal length"""
-    context: Literal["dense", "none"] = "dense"
-    """what MIRL's decoders may cross-attend: all earlier segments (DID), or nothing"""
+    """block counts after which decoders read, e.g. [4,12], for segments of unequal length; for truncated_mae the
+    blocks that are trained"""
+    context: Literal["dense", "previous", "none"] = "dense"
+    """what decoders of segments may cross-attend: all earlier segments (DID), the one before, or nothing"""
     image_size: int | tuple[int, int] | None = None
     """pixels, one number or [height,width]; by default from the images: 32, 64, 128 or 224"""
     patch_size: int | tuple[int, int] | None = None
@@ -83,6 +87,20 @@ class _Pretraining:
 
     target: Literal["normalised", "raw"] = "normalised"
     """predict pixels normalised within each patch, or raw"""
+    separation: Literal["gaussian", "log"] = "gaussian"
+    """what parts coarse from fine: a Gaussian, or the paper's Laplacian of Gaussian taken literally"""
+    separation_sigma: float = 2.0
+    """pixels; of the Gaussian"""
+    feature: str | None = None
+    """also predict a teacher's tokens: ema (an average of the encoder), or a trained ViT, named as for --weights"""
+    feature_weight: float = 1.0
+    """of that objective beside the pixels'; it grows to this during the warm-up"""
+    vgg: str | None = None
+    """also compare features of a VGG16, whose weights are in this file (torchvision's vgg16-397923af.pth)"""
+    vgg_weight: float = 0.1
+    """of that objective beside the pixels'"""
+    extra_share: float = 0.5
+    """share of each batch that --feature and --vgg look at; their expected gradient stays the same"""
     mask_ratio: float = 0.75
     """share of patches that is masked"""
     min_crop: float = 0.2
@@ -116,6 +134,8 @@ class Pretraining(RunOptions, _Pretraining):
             "min_crop": (lambda x: 0 < x <= 1, "more than 0 and at most 1"),
             "base_lr": POSITIVE, "warmup_epochs": NOT_NEGATIVE, "epochs": COUNT, "channels": COUNT,
             "decoder_width": COUNT, "decoder_depth": COUNT, "decoder_heads": COUNT,
+            "separation_sigma": POSITIVE, "feature_weight": POSITIVE, "vgg_weight": POSITIVE,
+            "extra_share": (lambda x: 0 < x <= 1, "more than 0 and at most 1"),
         }  # fmt: skip
 
     @property
@@ -298,11 +318,15 @@ def default_patch(image_size: int | Sequence[int]) -> int:
     return 4 if side <= 48 else 8 if side <= 96 else 16
 
 
-def autoencoder_of(settings: Resolved) -> Autoencoder:
-    """Build the autoencoder that the settings describe, with fresh weights."""
+def autoencoder_of(settings: Resolved, *, features: int = 0) -> Autoencoder:
+    """Build the autoencoder that the settings describe, with fresh weights.
+
+    Its decoders also predict `features` values of a teacher, whom only a run that trains has.
+    """
     method = method_of(settings)
+    shape = dataclasses.replace(decoder_shape(settings, method), features=features)
     return build_autoencoder(
-        settings.model, method, decoder_shape(settings, method), image_size=pair(settings.image_size),
+        settings.model, method, shape, image_size=pair(settings.image_size),
         patch_size=pair(settings.patch_size), channels=settings.channels,
     )  # fmt: skip
 
@@ -310,11 +334,14 @@ def autoencoder_of(settings: Resolved) -> Autoencoder:
 def method_of(settings: Resolved) -> Method:
     """Build the method that the settings name."""
     depth = parse_model(settings.model)[2]
+    if settings.method in SEGMENTED:
+        return SEGMENTED[settings.method](depth, settings.segments, taps=settings.taps, context=settings.context)
+    if settings.segments not in (None, 1) or (settings.taps and settings.method == "mae"):
+        raise UserError(f"--segments and --taps belong to mirl; {settings.method} has one decoder after its last block")
     if settings.method == "mae":
-        if settings.segments not in (None, 1) or settings.taps:
-            raise UserError("--segments and --taps belong to mirl; mae has one decoder after the last block")
         return mae(depth)
-    return mirl(depth, settings.segments, taps=settings.taps, context=settings.context)
+    blocks = settings.taps or []
+    return truncated_mae(depth, blocks[0] if len(blocks) == 1 else 0)
 
 
 def decoder_shape(settings: Resolved, method: Method) -> DecoderShape:

@@ -79,7 +79,7 @@ def test_predictions_loss_and_gradients(official):
         differences.append((prediction - expected).abs().max().item())
 
     target = pixel_target(gather(patches, masked), "normalised")
-    loss, terms = reconstruction_loss(model(patches, visible, masked), target, model.method.terms)
+    loss, terms = reconstruction_loss(model(patches, visible, masked), {"image": target}, model.method.terms)
     torch.testing.assert_close(terms.mean(1).double(), outputs["loss_terms"], atol=1e-5, rtol=0)
     torch.testing.assert_close(loss.mean(), outputs["loss"], atol=1e-5, rtol=0)
 

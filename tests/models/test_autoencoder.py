@@ -39,7 +39,7 @@ def test_every_parameter_gets_a_gradient(method, shape):
     model = autoencoder(method, shape)
     patches, visible, masked = example(model)
     target = pixel_target(gather(patches, masked), "normalised")
-    loss, _ = reconstruction_loss(model(patches, visible, masked), target, method.terms)
+    loss, _ = reconstruction_loss(model(patches, visible, masked), {"image": target}, method.terms)
     loss.mean().backward()
     without = [
         name

@@ -51,7 +51,7 @@ def test_loss_and_gradients_equal_hugging_faces(normalised, tmp_path):
     expected = reference(images, noise=noise).loss
     patches, (visible, masked) = patchify(images, (8, 8)), split(noise, 0.75)
     target = pixel_target(gather(patches, masked), "normalised" if normalised else "raw")
-    loss = reconstruction_loss(model(patches, visible, masked), target, model.method.terms)[0].mean()
+    loss = reconstruction_loss(model(patches, visible, masked), {"image": target}, model.method.terms)[0].mean()
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
 
     expected.backward()

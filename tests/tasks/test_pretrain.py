@@ -227,7 +227,7 @@ def test_the_loss_and_pictures_stay_on_the_device():
         predictions = [torch.zeros(2, 12, 48, device="cuda")] * 2
         terms = mirl.methods.mirl(2, 2).terms
         target = pixel_target(gather(patches, masked), "normalised")
-        loss, _ = reconstruction_loss(predictions, target, terms)
+        loss, _ = reconstruction_loss(predictions, {"image": target}, terms)
         everywhere = [torch.zeros(2, 16, 48, device="cuda")] * 2
         columns = panels(compose(
             patches, visible, masked, everywhere, terms, target="normalised", image_size=(16, 16), patch_size=(4, 4),
