@@ -5,6 +5,7 @@ Every method of the paper is one value of `Method`. The autoencoder reads `taps`
 embedding z_0, before the first block.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -37,8 +38,13 @@ class Term:
     def name(self) -> str:
         """What records call this term: pair_1, residual_1 (beside a detached main component), decoder_2, fine_2."""
         if len(self.decoders) > 1:
-            return f"{'residual' if self.detached else 'pair'}_{self.decoders[0]}"
+            return f"{'residual' if self.detached else 'pair'}_{min(self.decoders)}"
         return f"{'decoder' if self.target == 'image' else self.target}_{self.decoders[0]}"
+
+
+def is_term(name: str) -> bool:
+    """Tell whether a recorded value is a term's loss, by its name."""
+    return re.fullmatch(r"(pair|residual|decoder|coarse|fine)_\d+", name) is not None
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,15 @@ class Method:
     def depth(self) -> int:
         """Number of encoder blocks that are built and trained."""
         return self.taps[-1]
+
+    @property
+    def reconstructions(self) -> tuple[Term, ...]:
+        """List the sums that are whole images, each once, for pictures: the main component or the coarse part first."""
+        coarse, fine = ([t.decoders[0] for t in self.terms if t.target == part] for part in ("coarse", "fine"))
+        if coarse:
+            return tuple(Term(pair, 1 / len(coarse), "coarse") for pair in zip(coarse, fine, strict=True))
+        sums = [set(term.decoders) for term in self.terms]
+        return tuple(term for term in self.terms if not any(set(term.decoders) < other for other in sums))
 
     def memory(self, decoder: int) -> tuple[int, ...]:
         """List the segments whose tokens `decoder` cross-attends, deepest first, z_0 last. Paper: Eq. (8)."""

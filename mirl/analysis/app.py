@@ -23,7 +23,7 @@ from mirl.analysis.reconstruct import Reconstructor, columns_of, read_images, ti
 from mirl.data.decode import BadImage, read_image
 from mirl.data.transforms import fixed_view
 from mirl.errors import UserError
-from mirl.training.reconstructions import to_rgb
+from mirl.training.reconstructions import label, to_rgb
 from mirl.training.runs import console
 
 HOST = "127.0.0.1"
@@ -38,6 +38,8 @@ Drawing = dict[str, Any] | None  # Gradio's: `background` and `layers`, uint8 [h
 LEGEND = {
     "main component": "what the shallow decoder predicts",
     "residual": "what the deep decoder adds, around grey",
+    "coarse part": "what the decoder of the image's coarse part predicts",
+    "fine part": "what the decoder of its fine part predicts, around grey",
     "sum": "both together; the loss sees its masked patches only",
     "reconstruction": "what the decoder predicts; the loss sees its masked patches only",
     "with the visible patches": "the same, with the visible patches of the image itself",
@@ -244,9 +246,10 @@ def _places(gr: Any, model: Reconstructor) -> list[Any]:
     with gr.Row():
         places = [gr.Image(label="what the encoder sees", **options)]
         gr.Markdown("\n".join(f"- **{title}**: {LEGEND[title]}" for title in titles_of(model.terms[0])))
-    for number, term in enumerate(model.terms, start=1):
+    for term in model.terms:
         if len(model.terms) > 1:
-            gr.Markdown(f"**pair {number}** · decoders {' and '.join(map(str, term.decoders))}")
+            gr.Markdown(f"**{label(term.decoders)}** · after blocks "
+                        f"{' and '.join(str(model.method.taps[decoder - 1]) for decoder in term.decoders)}")  # fmt: skip
         with gr.Row():
             places += [gr.Image(label=title, **options) for title in titles_of(term)]
     return places

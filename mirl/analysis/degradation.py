@@ -179,7 +179,7 @@ def _examine(name: str, weights: str, opened: Weights, settings: DiagnoseOptions
             3 * seconds * len(splits[0]) * settings.reinit_epochs,
             fingerprint_of(opened.state, len(splits[0]) + len(splits[1])), data=settings.data,
             epochs=settings.reinit_epochs, val_fraction=settings.val_fraction, image_size=encoder.size,
-            workers=settings.workers, precision=settings.precision,
+            workers=settings.workers, precision=settings.precision, depth=opened.depth,
         )  # fmt: skip
     without = None
     if idle := idle_blocks(measures):

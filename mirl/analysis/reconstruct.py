@@ -20,7 +20,7 @@ from mirl.errors import UserError
 from mirl.methods import Term
 from mirl.tasks.pretrain import split_off_held_out
 from mirl.training.checkpoints import atomic
-from mirl.training.reconstructions import Components, Reconstruction, to_rgb
+from mirl.training.reconstructions import Components, Reconstruction, parts_of, to_rgb
 from mirl.training.runs import RunFolder, console, read_config
 
 MOST = 16  # images in one picture
@@ -98,7 +98,7 @@ def draw(shown: Reconstruction, names: Sequence[str], path: Path, title: str) ->
                 if image is not None:
                     place.imshow(to_rgb(image[i]).numpy(), interpolation="nearest" if width < 100 else "antialiased")
             if terms > 1:
-                row[2].set_ylabel(f"pair {g + 1}", fontsize=7, rotation="horizontal", ha="right", va="center")
+                row[2].set_ylabel(term.label, fontsize=7, rotation="horizontal", ha="right", va="center")
         # Below the image: beside it a name would need more room than a wide image has.
         axes[i * terms, 0].set_xlabel(_shortened(name), fontsize=6.5, loc="left", labelpad=2, parse_math=False)
     try:
@@ -111,8 +111,8 @@ def draw(shown: Reconstruction, names: Sequence[str], path: Path, title: str) ->
 
 def titles_of(term: Term | Components) -> list[str]:
     """Return the titles of what is shown of a term."""
-    parts = ["main component", "residual", "sum"] if len(term.decoders) == 2 else ["reconstruction"]
-    return [*parts, "with the visible patches"]
+    parts = term.parts if isinstance(term, Components) else parts_of(term)
+    return [*([*parts, "sum"] if len(term.decoders) == 2 else ["reconstruction"]), "with the visible patches"]
 
 
 def columns_of(term: Components) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ class Reconstructor:
         self.grid = grid_size(self.image_size, self.patch_size)
         self.channels, self.mask_ratio, self.target = settings.channels, settings.mask_ratio, settings.target
         self.name, self.method = settings.model, self.model.method
-        self.terms: tuple[Term, ...] = self.method.terms
+        self.terms: tuple[Term, ...] = self.method.reconstructions
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, hidden: Tensor) -> Reconstruction:

@@ -25,6 +25,7 @@ class Weights:
         state: tensors by timm's names.
         mean, deviation: by which images in 0..1 are normalised, one number per channel.
         classes: names of the classes of its head; empty if it has none.
+        full_depth: blocks of the encoder that these are the first of, where pre-training left out the last ones.
     """
 
     architecture: str
@@ -33,6 +34,7 @@ class Weights:
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
     classes: tuple[str, ...] = ()
+    full_depth: int | None = None
 
     @property
     def image_size(self) -> Size:

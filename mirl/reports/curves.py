@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
+from mirl.methods import is_term
 from mirl.reports.charts import COLOURS, Chart, Line, lines_of
 from mirl.reports.contents import Run
 from mirl.reports.series import Series, series, smooth, thin
 
+OBJECTIVES = ("pixel", "feature", "vgg")
 POINTS = 1500  # most of a raw curve
 SMOOTHED = 400  # of a smoothed one; fewer where many runs share a page
 ALL_RUNS = 4000
@@ -20,7 +22,7 @@ MEASURES = {
 def curves(runs: Sequence[Run]) -> list[Chart]:
     """Return the charts of training; those for which nothing was recorded are left out."""
     names = list(dict.fromkeys(name for run in runs for row in run.rows["held_out"] for name in row))
-    pairs = [name for name in names if name.startswith("pair_")]
+    terms, objectives = [name for name in names if is_term(name)], [name for name in names if name in OBJECTIVES]
     accuracies = [name for name in names if name.endswith(("top1", "top5"))]
     rates = lines_of([_rate(label, run, colour_of(index)) for index, (label, run) in enumerate(_labelled(runs))])
     measured = [
@@ -29,7 +31,8 @@ def curves(runs: Sequence[Run]) -> list[Chart]:
     ]
     charts = [
         Chart("loss", "Loss", "epoch", "loss", _losses(runs)),
-        *_parts(runs, pairs, "Loss of pairs", "loss", 1.0),
+        *_parts(runs, objectives, "Objectives", "loss", 1.0),
+        *_parts(runs, terms, "Loss of pairs and decoders", "loss", 1.0),
         *_parts(runs, accuracies, "Held-out accuracy", "%", 100.0),
         Chart("lr", "Learning rate", "epoch", "learning rate", rates),
         *measured,
@@ -84,7 +87,7 @@ def _parts(runs: Sequence[Run], names: Sequence[str], title: str, unit: str, sca
     if len(runs) > 1:
         return [
             Chart(
-                name, f"{title}: {name.removeprefix('pair_').replace('_', ' ')}", "epoch", unit,
+                name, f"{title}: {name.replace('_', ' ')}", "epoch", unit,
                 lines_of([at_evaluations(run.name, series(run.rows["held_out"], name, scale=scale), colour_of(index))
                           for index, run in enumerate(runs)]),
             )

@@ -25,7 +25,11 @@ def export(model: Autoencoder, settings: Resolved, saved: ResolvedRun, run: RunF
     arguments = timm_arguments(
         encoder.embed_dim, heads, len(encoder.blocks), model.image_size, model.patch_size, channels
     )  # fmt: skip
-    weights = Weights(ARCHITECTURE, arguments, encoder.state_dict(), *channel_statistics(channels))
+    depth = parse_model(settings.model)[2]
+    weights = Weights(
+        ARCHITECTURE, arguments, encoder.state_dict(), *channel_statistics(channels),
+        full_depth=depth if depth > len(encoder.blocks) else None,
+    )  # fmt: skip
     _replace(run, encoder, weights)
     state = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
     with atomic(run.autoencoder) as temporary:
@@ -63,6 +67,7 @@ def write_encoder(model: VisionTransformer, weights: Weights, folder: Path, card
     config = json.loads((folder / "config.json").read_text())
     config["model_args"].pop("num_classes", None)
     config |= {"label_names": list(weights.classes)} if weights.classes else {}
+    config |= {"full_depth": weights.full_depth} if weights.full_depth else {}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "README.md").write_text(card)
     shutil.copymode(folder / "README.md", folder / "model.safetensors")  # else its owner's alone

@@ -60,7 +60,7 @@ def finetune(**options: Any) -> Path:
     fabric = processes.launch(settings.devices, settings.num_nodes, precision)
     with processes.as_one(fabric):
         settings = resolve_finetuning(
-            settings, images=len(train), depth=weights.depth, image_size=weights.image_size,
+            settings, images=len(train), depth=weights.full_depth or weights.depth, image_size=weights.image_size,
             patch_size=weights.patch_size, gpu=fabric.device.type == "cuda", devices=fabric.world_size,
             precision=precision,
         )  # fmt: skip
@@ -132,11 +132,11 @@ class FinetuneTask(RunnableTask[Batch]):
             fused=settings.precision != "16", layer_decay=settings.layer_decay,
         )  # fmt: skip
 
-    def rate(self, progress: float) -> float:
-        """Return the head's learning rate at `progress` in 0..1 of the run."""
+    def rate(self, epoch: float) -> float:
+        """Return the head's learning rate after so many epochs."""
         s = self.settings
-        warmup = min(1.0, s.warmup_epochs / s.epochs)
-        return learning_rate(progress, peak_rate(s), warmup, "cosine", least=s.min_lr)
+        warmup = min(s.warmup_epochs, s.epochs)
+        return learning_rate(epoch, s.epochs, peak=peak_rate(s), warmup=warmup, schedule="cosine", least=s.min_lr)
 
     def prepare(self, batch: Batch) -> Batch:
         """Normalise, erase and mix a micro-batch; the last image of an odd number stays unmixed."""

@@ -26,6 +26,7 @@ from mirl.models.weights import AutoencoderWeights, Weights
 from mirl.objectives.pixels import pixel_target, reconstruction_loss
 from mirl.tasks.blocks import BlockMonitor
 from mirl.tasks.export import export, how_to_use
+from mirl.tasks.extension import begin, extended
 from mirl.tasks.options import ResolvedRun, built_in, resumed
 from mirl.tasks.run import RunnableTask, carry_out
 from mirl.tasks.settings import Pretraining, Resolved, autoencoder_of, idle_options, resolve
@@ -58,6 +59,8 @@ def pretrain(**options: Any) -> Path:
     settings = Pretraining(**options)
     if settings.resume:
         settings = resumed(settings, read_config(settings.run_folder))
+    elif settings.resume_from:
+        settings = extended(settings)
     precision = settings.precision if settings.precision != "auto" else processes.best_precision()
     start = open_start(settings)
     if start and not settings.model:
@@ -75,6 +78,8 @@ def pretrain(**options: Any) -> Path:
         run = RunFolder(
             settings.run_folder, resume=settings.resume, overwrite=settings.overwrite, writes=fabric.is_global_zero
         )
+        if settings.resume_from and not settings.resume:
+            begin(run, settings.resume_from)
     carry_out(fabric, settings, task, run)
     return run.path
 
@@ -137,10 +142,16 @@ class PretrainTask(RunnableTask[MaskedBatch]):
             fused=settings.precision != "16",
         )  # fmt: skip
 
-    def rate(self, progress: float) -> float:
-        """Return the learning rate at `progress` in 0..1 of the run."""
-        warmup = min(1.0, self.settings.warmup_epochs / self.settings.epochs)
-        return learning_rate(progress, peak_rate(self.settings), warmup, self.settings.schedule)
+    def rate(self, epoch: float) -> float:
+        """Return the learning rate after so many epochs."""
+        s = self.settings
+        warmup = min(s.warmup_epochs, s.epochs)
+        return learning_rate(epoch, s.epochs, peak=peak_rate(s), warmup=warmup, schedule=s.schedule)
+
+    @property
+    def extensible(self) -> bool:
+        """Whether the rate is constant before it decays, so that a longer run can go on from there."""
+        return self.settings.schedule == "step"
 
     def loss(self, model: nn.Module, batch: MaskedBatch) -> dict[str, Tensor]:
         """Return the loss [b] of each image and, where there are several, of each pair. Paper: Eq. (6), (7)."""
@@ -175,7 +186,7 @@ class PretrainTask(RunnableTask[MaskedBatch]):
         patches = patchify(normalise(batch.images, self.settings.channels), self.patch_size)
         predictions = self.model(patches, batch.visible, batch.masked, all_patches=True)
         columns = panels(compose(
-            patches, batch.visible, batch.masked, predictions, self.method.terms, target=self.settings.target,
+            patches, batch.visible, batch.masked, predictions, self.method.reconstructions, target=self.settings.target,
             image_size=self.image_size, patch_size=self.patch_size, channels=self.settings.channels,
         ))  # fmt: skip
         name, atlas = f"step_{step:08d}", run.pictures / "panels" / f"step_{step:08d}.webp"

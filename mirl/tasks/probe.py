@@ -77,7 +77,8 @@ def fit_linear(
         start = step % steps_per_epoch * batch_size
         batch = fitted_on[start : start + batch_size]
         if len(batch) > 1:  # batch norm needs two
-            sweep.step(train[batch], labels[batch], learning_rate(step / steps, 1.0, WARMUP, "cosine"))
+            rate = learning_rate(step, steps, peak=1.0, warmup=WARMUP * steps, schedule="cosine")
+            sweep.step(train[batch], labels[batch], rate)
     best, share = sweep.best(train[chosen_on], labels[chosen_on])
     console.print(f"  best of the sweep on {len(chosen_on)} training images: {sweep.names[best]} ({share:.2%})")
     return {"linear": sweep.scores(test)[best]}

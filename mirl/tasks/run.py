@@ -12,8 +12,10 @@ from mirl.errors import UserError
 from mirl.reports.page import write_report
 from mirl.tasks.options import ResolvedRun
 from mirl.training import loop
+from mirl.training.checkpoints import saved_steps
 from mirl.training.processes import Fabric
 from mirl.training.runs import RunFolder, duration
+from mirl.training.schedules import undecayed_steps
 from mirl.training.steps import Task, probe
 
 LONG = 24 * 3600  # seconds after which a run deserves a warning
@@ -36,8 +38,13 @@ class RunnableTask(Task[B]):
         """Build the optimizer of the model's parameters."""
 
     @abstractmethod
-    def rate(self, progress: float) -> float:
-        """Return the learning rate at `progress` in 0..1 of the run."""
+    def rate(self, epoch: float) -> float:
+        """Return the learning rate after so many epochs."""
+
+    @property
+    def extensible(self) -> bool:
+        """Whether a longer run can go on from where the rate first decays; a checkpoint of that is kept."""
+        return False
 
     @abstractmethod
     def summary(self) -> list[str]:
@@ -113,12 +120,13 @@ def _train(fabric: Fabric, settings: ResolvedRun, task: RunnableTask[B], run: Ru
     optimizer = task.optimizer()
     if task.average:
         task.average.to(fabric.device)
-    progress = loop.restore(fabric, run, task, optimizer, task.samples) if settings.resume else loop.Progress()
+    begun = settings.resume or saved_steps(run.checkpoints)  # by an earlier start, or by the run that this one extends
+    progress = loop.restore(fabric, run, task, optimizer, task.samples) if begun else loop.Progress()
     run.forget_after(progress.step)
     if not progress.step:
         run.record({"kind": "data", "step": 0, "samples": task.samples})
     if progress.step >= steps:
-        run.say(f"the run is complete ({steps} steps); a longer one needs another --out")
+        run.say(f"the run is complete ({steps} steps); for a longer one: --resume_from {run.path} --epochs MORE")
         return
     if progress.step:
         run.incident(progress.step, "resumed", f"resumed at step {progress.step} of {steps}")
@@ -127,11 +135,12 @@ def _train(fabric: Fabric, settings: ResolvedRun, task: RunnableTask[B], run: Ru
         steps_per_epoch=steps_per_epoch,
         batch_size=settings.batch_size,
         micro_batches=math.ceil(settings.batch_size / fabric.world_size / settings.micro_batch),
-        rate=lambda step: task.rate(step / steps),
+        rate=lambda step: task.rate(step / steps_per_epoch),
         clip_grad=settings.clip_grad,
         evaluate_every=settings.evaluate_epochs * steps_per_epoch,
         checkpoint_seconds=settings.checkpoint_minutes * 60,
         checkpoint_steps=settings.checkpoint_steps or steps,
+        undecayed=undecayed_steps(settings.epochs, steps_per_epoch) if task.extensible else None,
         samples=task.samples,
         max_bad=settings.max_bad,
         seed=settings.seed,

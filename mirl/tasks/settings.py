@@ -51,6 +51,9 @@ class _Pretraining:
 
     weights: str | None = None
     """start from these: run folder, official checkpoint of MIRL or MAE, timm name, Hugging Face folder or file"""
+    resume_from: str | None = None
+    """extend this run to a larger --epochs, in another --out: begins where its rate was about to decay; options that
+    are not given are that run's"""
     model: str | None = None
     """vit_{ti,s,b,l}_DEPTH or vit_WIDTHxHEADS_DEPTH, e.g. vit_s_54; by default that of --weights, else vit_s_54 on a
     GPU with 50,000 images or more, else vit_ti_12"""
@@ -169,7 +172,8 @@ class _Finetuning:
     untrained: bool = False
     """fresh weights in place of the trained ones: what pre-training must beat"""
     depth: int | None = None
-    """blocks; by default the encoder's. More adds fresh ones after its last, fewer leaves its last ones out"""
+    """blocks; by default the encoder's, and all of a truncated one. More adds fresh ones after its last, fewer leaves
+    its last ones out"""
     reinit_last: int = 0
     """fresh weights for so many of the last blocks (the paper's Sec. 2.2)"""
     image_size: int | tuple[int, int] | None = None
@@ -356,7 +360,24 @@ def decoder_shape(settings: Resolved, method: Method) -> DecoderShape:
     return DecoderShape(width, depth, heads, settings.did_blocks, settings.did_memory, settings.weight_norm)
 
 
+def has_parts(method: Method) -> bool:
+    """Tell whether the method's terms are compared with the coarse and the fine part of an image. Paper: Table 2e."""
+    return any(term.target != "image" for term in method.terms)
+
+
 def idle_options(settings: Resolved, method: Method) -> list[str]:
-    """Name options that were given and that this method does not read."""
-    given = {"did_blocks": settings.did_blocks != "first", "did_memory": settings.did_memory != "raw"}
-    return [name for name, changed in given.items() if changed and method.context == "none"]
+    """Say which options were given that nothing reads, and what they would need."""
+    readers = {
+        "cross-attention": (method.context != "none", ("did_blocks", "did_memory")),
+        "coarse and fine targets": (has_parts(method), ("separation", "separation_sigma")),
+        "--feature": (settings.feature, ("feature_weight",)),
+        "--vgg": (settings.vgg, ("vgg_weight",)),
+        "--feature or --vgg": (settings.feature or settings.vgg, ("extra_share",)),
+    }
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+    return [
+        f"--{name} has no effect without {reader}"
+        for reader, (there, names) in readers.items()
+        for name in names
+        if not there and getattr(settings, name) != defaults[name]
+    ]

@@ -14,7 +14,8 @@ HEAD = ("head.", "fc_norm.")  # what a classifier has beyond an encoder
 
 def open_start(settings: Pretraining) -> Weights | AutoencoderWeights | None:
     """Open the weights to start from; None if there are none, or the run goes on from a checkpoint of its own."""
-    if not settings.weights or (settings.resume and saved_steps(settings.run_folder / "checkpoints")):
+    begun = settings.resume_from or (settings.resume and saved_steps(settings.run_folder / "checkpoints"))
+    if not settings.weights or begun:
         return None
     return open_checkpoint(settings.weights, say=lambda _: None, decoders=True)
 

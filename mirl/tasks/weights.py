@@ -120,11 +120,15 @@ def encoder_of(weights: AutoencoderWeights) -> Weights:
     """Take the encoder out of an autoencoder; its tensors are shared."""
     prefix, settings = "encoder.", weights.settings
     state = {name.removeprefix(prefix): value for name, value in weights.state.items() if name.startswith(prefix)}
-    width, heads, _ = parse_model(settings["model"])
+    width, heads, full_depth = parse_model(settings["model"])
+    depth, channels = depth_of(state), settings["channels"]
     arguments = timm_arguments(
-        width, heads, depth_of(state), pair(settings["image_size"]), pair(settings["patch_size"]), settings["channels"]
+        width, heads, depth, pair(settings["image_size"]), pair(settings["patch_size"]), channels
     )
-    return Weights(ARCHITECTURE, arguments, state, *channel_statistics(settings["channels"]))
+    return Weights(
+        ARCHITECTURE, arguments, state, *channel_statistics(channels),
+        full_depth=full_depth if full_depth > depth else None,
+    )  # fmt: skip
 
 
 def build_autoencoder(weights: AutoencoderWeights, *, image_size: Size | None = None) -> Autoencoder:
@@ -213,7 +217,7 @@ def _from_folder(folder: Path) -> Weights | AutoencoderWeights:
                 raise ValueError(f"{name} is missing or has another shape")
         return Weights(
             config["architecture"], arguments, state, tuple(cfg["mean"]), tuple(cfg["std"]),
-            tuple(cfg.get("label_names") or map(str, range(arguments["num_classes"]))),
+            tuple(cfg.get("label_names") or map(str, range(arguments["num_classes"]))), config.get("full_depth"),
         )  # fmt: skip
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
@@ -271,7 +275,7 @@ def about(weights: Weights | AutoencoderWeights) -> dict[str, Any]:
         return weights.settings
     return {
         "architecture": weights.architecture, "arguments": weights.arguments, "mean": weights.mean,
-        "deviation": weights.deviation, "classes": weights.classes,
+        "deviation": weights.deviation, "classes": weights.classes, "full_depth": weights.full_depth,
     }  # fmt: skip
 
 
@@ -282,8 +286,11 @@ def _described(path: Path, about: dict[str, Any], state: State) -> Weights | Aut
             if "architecture" not in about:
                 return AutoencoderWeights(about, fit(state, autoencoder_of(Resolved(**about)).state_dict()))
             own = _plain_vit(about["architecture"], **about["arguments"]).state_dict()
-        lists = (tuple(about[name]) for name in ("mean", "deviation", "classes"))
-        return Weights(about["architecture"], about["arguments"], fit(state, own), *lists)
+        mean, deviation, classes = (tuple(about[name]) for name in ("mean", "deviation", "classes"))
+        return Weights(
+            about["architecture"], about["arguments"], fit(state, own), mean, deviation, classes,
+            about.get("full_depth"),
+        )  # fmt: skip
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:  # UserError is a ValueError
         raise UserError(f"{path} is not the model that it says ({_first_line(error)}); write it again") from error
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from mirl.errors import UserError
 
 KEEP = 2  # the newest, and the one before in case the newest is damaged later
+UNDECAYED = "undecayed.pt"  # before the rate first decays: where a longer run begins
 
 
 @contextlib.contextmanager
@@ -79,6 +81,39 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     return path
 
 
+def keep_undecayed(folder: Path, step: int) -> None:
+    """Keep the checkpoint of `step` for good, under a name of its own: later ones replace the others."""
+    copy(checkpoint_path(folder, step), folder / UNDECAYED)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a checkpoint.
+
+    Raises:
+        UserError: if the disk is full or not writable.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(target) as temporary:
+            shutil.copyfile(source, temporary)
+    except OSError as error:
+        raise UserError(
+            f"cannot copy {source} to {target}: {error.strerror}; free space or permit writing, then try again"
+        ) from error
+
+
+def step_of(path: Path) -> int:
+    """Return the step of a checkpoint without reading its tensors.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"])
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise UserError(f"checkpoint {path} cannot be read ({_reason(error)}); start a new run") from error
+
+
 def load_newest(folder: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
     """Load the newest readable checkpoint on the CPU; name each unreadable one with `say` and try the one before.
 
@@ -94,8 +129,11 @@ def load_newest(folder: Path, say: Callable[[str], None]) -> dict[str, Any] | No
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             return state
         except Exception as error:  # a damaged file can raise nearly anything
-            reason = f"{type(error).__name__} {error}".splitlines()[0][:100]
-            say(f"checkpoint {path} cannot be read ({reason.strip()}); trying the one before")
+            say(f"checkpoint {path} cannot be read ({_reason(error)}); trying the one before")
     if steps:
         raise UserError(f"none of the {len(steps)} checkpoints in {folder} can be read; start again with --overwrite")
     return None
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__} {error}".splitlines()[0][:100].strip()

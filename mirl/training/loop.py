@@ -37,6 +37,7 @@ class Plan:
         rate: maps the number of finished steps to the learning rate.
         clip_grad: largest gradient norm, or None.
         evaluate_every: steps; checkpoint_seconds, checkpoint_steps: longest time and most steps between checkpoints.
+        undecayed: the step at which the rate is about to decay, whose checkpoint is kept; None if none is.
         seed: of what is random inside a step.
         samples, max_bad: size of the data set, and the share of unusable files that stops the run.
     """
@@ -53,6 +54,7 @@ class Plan:
     samples: int
     max_bad: float
     seed: int = 0
+    undecayed: int | None = None
 
 
 @dataclass
@@ -176,9 +178,11 @@ def fit(
                 evaluate(fabric, task, held_out, run, monitor, progress, plan)
             signal_number = stop_requested()
             due = fabric.broadcast(time.monotonic() - saved_at > plan.checkpoint_seconds)
-            due = due or progress.step % plan.checkpoint_steps == 0
+            due = due or progress.step % plan.checkpoint_steps == 0 or progress.step == plan.undecayed
             if due or signal_number or progress.step == plan.steps:
                 save(fabric, run, task, optimizer, progress, plan.samples)
+                if progress.step == plan.undecayed and fabric.is_global_zero:
+                    checkpoints.keep_undecayed(run.checkpoints, progress.step)
                 saved_at = time.monotonic()
             if signal_number and progress.step < plan.steps:
                 line = f"stopped at step {progress.step} of {plan.steps}, saved; go on with --out {run.path} --resume"

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgres
 from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
+from mirl.methods import is_term
 from mirl.training.runs import RunFolder, console, duration
 
 WINDOW = 50  # steps over which speed and waiting are averaged
@@ -96,7 +97,7 @@ class Monitor:
         return f"{duration(remaining * self.images / self.speed)} left" if self._recent and remaining else ""
 
     def _line(self, row: dict[str, Any]) -> str:
-        pairs = " ".join(f"{value:.3f}" for name, value in row.items() if name.startswith("pair_"))
+        pairs = " ".join(f"{value:.3f}" for name, value in row.items() if is_term(name))
         return (
             f"epoch {row['step'] // self.steps_per_epoch}/{self.steps // self.steps_per_epoch} "
             f"step {row['step']}/{self.steps} · loss {row['loss']:.4f}{f' ({pairs})' if ' ' in pairs else ''} "

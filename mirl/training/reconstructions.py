@@ -28,8 +28,9 @@ class Components:
     """What the decoders of one term predict together, as images [b, c, h, w] in about 0..1.
 
     Attributes:
-        decoders: their numbers, shallow first.
-        main, residual: the shallow one's image, and the deep one's around grey; None where a single decoder predicts.
+        decoders: their numbers, that of the main component or of the coarse part first.
+        parts: what these two are called.
+        main, residual: the first one's image, and the other's around grey; None where a single decoder predicts.
         total: the sum, of all patches. Visible ones are no part of the loss, so their prediction may be poor.
         pasted: the sum with the visible patches of the image itself.
     """
@@ -39,6 +40,22 @@ class Components:
     residual: Tensor | None
     total: Tensor
     pasted: Tensor
+    parts: tuple[str, str] = ("main component", "residual")
+
+    @property
+    def label(self) -> str:
+        """What these decoders are called together."""
+        return label(self.decoders)
+
+
+def label(decoders: Sequence[int]) -> str:
+    """Name decoders that predict together by the shallow one, which numbers their pair."""
+    return f"{'pair' if len(decoders) > 1 else 'decoder'} {min(decoders)}"
+
+
+def parts_of(term: Term) -> tuple[str, str]:
+    """Name what the two decoders of a term predict."""
+    return ("coarse part", "fine part") if term.target == "coarse" else ("main component", "residual")
 
 
 @dataclass(frozen=True)
@@ -75,6 +92,7 @@ def compose(
     Args:
         patches: [b, n, p], normalised as the model saw them; visible: [b, v]; masked: [b, m].
         predictions: one [b, n, p] per decoder, in the order of `visible`, then `masked` (the model's `all_patches`).
+        terms: the method's `reconstructions`.
     """
     mean, deviation = (patches.new_tensor(s).view(-1, 1, 1) for s in channel_statistics(channels))
     order = torch.cat([visible, masked], dim=1).argsort(dim=1)
@@ -95,19 +113,21 @@ def compose(
         total = predicted(term.decoders)
         main = predicted(term.decoders[:1]) if len(term.decoders) == 2 else None
         residual = total - main + GREY if main is not None else None
-        found.append(Components(term.decoders, main, residual, total, torch.where(hidden, total, original)))
+        pasted = torch.where(hidden, total, original)
+        found.append(Components(term.decoders, main, residual, total, pasted, parts_of(term)))
     return Reconstruction(original, original.where(~hidden, GREY), hidden, tuple(found))
 
 
 def panels(shown: Reconstruction) -> list[Panel]:
     """List the columns of a picture: of what the loss asks for, the masked patches; elsewhere the image itself."""
     result = [Panel("original", shown.original), Panel("masked", shown.masked)]
-    for number, term in enumerate(shown.terms, start=1):
-        label = f"pair {number}: " if len(shown.terms) > 1 else ""
+    for term in shown.terms:
+        prefix = f"{term.label}: " if len(shown.terms) > 1 else ""
         if term.main is not None and term.residual is not None:
-            result.append(Panel(f"{label}main", torch.where(shown.hidden, term.main, shown.original)))
-            result.append(Panel(f"{label}residual", term.residual.where(shown.hidden, GREY)))
-        result.append(Panel(f"{label}{'sum' if term.main is not None else 'reconstruction'}", term.pasted))
+            main, residual = (part.partition(" ")[0] for part in term.parts)
+            result.append(Panel(f"{prefix}{main}", torch.where(shown.hidden, term.main, shown.original)))
+            result.append(Panel(f"{prefix}{residual}", term.residual.where(shown.hidden, GREY)))
+        result.append(Panel(f"{prefix}{'sum' if term.main is not None else 'reconstruction'}", term.pasted))
     return result
 
 

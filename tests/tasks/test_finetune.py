@@ -13,7 +13,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_classes import PATTERNS, task_of, write_encoder
+from tiny_classes import PATTERNS, differing, task_of, write_encoder
 from tiny_runs import assert_one_line, command, finish, flags, rows, wait_for_rows
 from transformers import ViTForImageClassification
 
@@ -210,12 +210,6 @@ def deep(tmp_path_factory):
 @pytest.fixture
 def state(encoder):
     return load_file(Path(encoder) / "model.safetensors")
-
-
-def differing(model, state):
-    """Return the parameters that `state` has and of which the model has other values."""
-    own = model.state_dict()
-    return {name for name in state if name in own and not torch.equal(own[name], state[name])}
 
 
 def test_weights_are_kept_and_norm_and_head_are_fresh(encoder, state):

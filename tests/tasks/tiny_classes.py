@@ -73,7 +73,13 @@ def task_of(weights, **options):
     given = Finetuning(**{"weights": str(weights), "data": "shapes:20:32"} | options)
     train, val = open_split(given.data, channels=opened.channels, val_fraction=given.val_fraction)
     settings = resolve_finetuning(
-        given, images=len(train), depth=opened.depth, image_size=opened.image_size, patch_size=opened.patch_size,
-        gpu=False, devices=1, precision="32",
+        given, images=len(train), depth=opened.full_depth or opened.depth, image_size=opened.image_size,
+        patch_size=opened.patch_size, gpu=False, devices=1, precision="32",
     )  # fmt: skip
     return FinetuneTask(settings, opened, train, val)
+
+
+def differing(model, state):
+    """Return the parameters that `state` has and of which the model has other values."""
+    own = model.state_dict()
+    return {name for name in state if name in own and not torch.equal(own[name], state[name])}

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mirl import methods
 from mirl.data.transforms import channel_statistics, normalise
 from mirl.methods import Term
 from mirl.models.masking import split
@@ -195,3 +196,30 @@ def test_large_cells_of_an_atlas_are_scaled(size, cell, tmp_path):
 
 def test_rgb_statistics_are_imagenets():
     assert channel_statistics(3)[0] == (0.485, 0.456, 0.406)
+
+
+@pytest.mark.parametrize(
+    ("method", "labels", "titles"),
+    [
+        (methods.multi_decoder(4, 2), ["decoder 1", "decoder 2"], ["decoder 1: reconstruction"]),
+        (methods.explicit_residual(4, 4), ["pair 1", "pair 2"], ["pair 1: main", "pair 1: residual", "pair 1: sum"]),
+        (methods.coarse_to_fine(4, 2), ["pair 1"], ["coarse", "fine", "sum"]),
+        (methods.fine_to_coarse(4, 2), ["pair 1"], ["coarse", "fine", "sum"]),
+    ],
+    ids=lambda value: value.name if isinstance(value, methods.Method) else None,
+)
+def test_every_method_shows_its_whole_images(method, labels, titles):
+    """Fixed parts are a pair too, the coarse one first whichever decoder predicts it; an explicit residual is shown
+    once.
+    """
+    images, masks, truth, options = scene()
+    predictions = [torch.zeros_like(truth) for _ in method.taps]
+    for term in method.reconstructions:
+        predictions[term.decoders[0] - 1] = truth
+    shown = compose(*masks, predictions, method.reconstructions, **options)
+    assert [term.label for term in shown.terms] == labels
+    assert [panel.title for panel in panels(shown)][2:5][: len(titles)] == titles
+    for term in shown.terms:
+        torch.testing.assert_close(term.total, images, atol=1e-4, rtol=1e-3)
+        if term.residual is not None:
+            assert (term.residual == 0.5).all()

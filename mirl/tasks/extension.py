@@ -1,0 +1,66 @@
+"""`mirl pretrain --resume_from`: a longer run that begins where a finished one was about to lower its rate.
+
+Paper: Sec. 4.2, training schedules, Figure 6: with a step decay, one training gives the results of several lengths.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from mirl.errors import UserError
+from mirl.tasks.options import resumed
+from mirl.tasks.settings import Pretraining
+from mirl.training import checkpoints
+from mirl.training.runs import RunFolder, read_config
+
+KEPT = ("train", "held_out", "blocks", "gradients", "data")  # rows that need none of the old run's files
+
+
+def extended(given: Pretraining) -> Pretraining:
+    """Return the settings of the run that `--resume_from` names, with more epochs and another folder.
+
+    Raises:
+        UserError: if that run cannot be extended, or an option was given that would make it another run.
+    """
+    assert given.resume_from
+    origin = Path(given.resume_from).expanduser()
+    saved = read_config(origin)
+    if "method" not in saved:
+        raise UserError(f"--resume_from {origin} is no pre-training; give a run folder of mirl pretrain")
+    if saved["schedule"] != "step":
+        raise UserError(
+            f"{origin} has --schedule {saved['schedule']}, whose every rate depends on its length; give a run with "
+            "--schedule step"
+        )
+    length = saved["epochs"]
+    if given.epochs is None or given.epochs <= length:
+        raise UserError(f"--resume_from {origin} needs --epochs; give more than its {length}")
+    if saved["warmup_epochs"] > length:
+        raise UserError(f"{origin} is all warm-up ({saved['warmup_epochs']:g} epochs); start a new run")
+    if not (origin / "checkpoints" / checkpoints.UNDECAYED).exists():
+        raise UserError(
+            f"{origin} keeps no checkpoint from before its rate decays, at 90 % of its {length} epochs; "
+            f"if it is not that far, go on with --out {origin} --resume"
+        )
+    out = given.out or str(origin.with_name(f"{origin.name}_{given.epochs}_epochs"))
+    if Path(out).resolve() == origin.resolve():
+        raise UserError(f"--out {out} is the run to extend; give another folder")
+    settings = resumed(replace(given, resume_from=None, epochs=None, out=out), saved)
+    return replace(settings, resume_from=given.resume_from, epochs=given.epochs)
+
+
+def begin(run: RunFolder, origin: str) -> None:
+    """Give a new run the undecayed checkpoint of `origin`, and what was recorded up to it; the first process does.
+
+    Raises:
+        UserError: if the checkpoint cannot be read or copied.
+    """
+    if not run.writes:
+        return
+    old = RunFolder(Path(origin).expanduser(), resume=True, overwrite=False, writes=False)
+    kept = old.checkpoints / checkpoints.UNDECAYED
+    step = checkpoints.step_of(kept)
+    checkpoints.copy(kept, checkpoints.checkpoint_path(run.checkpoints, step))
+    for row in old.rows():
+        if row["step"] <= step and row["kind"] in KEPT:
+            run.record(row)
+    run.say(f"extends {origin} from its step {step}, before its rate decayed")

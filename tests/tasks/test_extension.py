@@ -1,0 +1,98 @@
+"""A run that is extended equals one that was planned so long from the start."""
+
+import shutil
+
+import pytest
+import torch
+import yaml
+from tiny_runs import assert_same_run, interrupted, rows
+
+import mirl
+from mirl.errors import UserError
+from mirl.training.checkpoints import UNDECAYED, saved_steps
+
+STEP = {"warmup_epochs": 0.5, "schedule": "step", "evaluate_epochs": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("short") / "run"
+
+
+@pytest.fixture
+def short(tiny, folder):
+    """A finished run of 2 epochs of 6 steps, undecayed up to step 11; made once, not to be changed."""
+    return folder if folder.exists() else mirl.pretrain(**tiny | STEP, out=folder)
+
+
+def test_an_extended_run_equals_one_planned_long(tiny, short, tmp_path):
+    planned = mirl.pretrain(**tiny | STEP | {"epochs": 4}, out=tmp_path / "planned")
+    extended = mirl.pretrain(resume_from=str(short), epochs=4, out=str(tmp_path / "extended"), report=False)
+    assert_same_run(extended, planned)
+    assert [row["lr"] for row in rows(extended)] == [row["lr"] for row in rows(planned)]
+    assert len(rows(extended)) == 24
+
+
+def test_the_undecayed_state_is_that_of_a_longer_run(tiny, short, tmp_path):
+    """At 90 %, and not only in the end: weights, moments of AdamW and all."""
+    options = tiny | STEP | {"epochs": 4, "checkpoint_steps": 11, "out": str(tmp_path / "planned")}
+    interrupted(options, after=11)
+    planned = torch.load(tmp_path / "planned" / "checkpoints" / "step_00000011.pt", weights_only=True)
+    kept = torch.load(short / "checkpoints" / UNDECAYED, weights_only=True)
+    assert kept["step"] == 11
+    for part in ("model", "optimizer"):
+        torch.testing.assert_close(kept[part], planned[part], rtol=0, atol=0)
+
+
+def test_an_extension_can_be_extended_and_be_killed(tiny, short, tmp_path):
+    options = {"resume_from": str(short), "epochs": 4, "out": str(tmp_path / "killed"), "report": False}
+    interrupted(options, after=14)
+    mirl.pretrain(out=options["out"], resume=True)
+    longer = mirl.pretrain(resume_from=options["out"], epochs=6, out=str(tmp_path / "longer"), report=False)
+    assert_same_run(longer, mirl.pretrain(**tiny | STEP | {"epochs": 6}, out=tmp_path / "planned"))
+
+
+def test_the_first_run_is_left_alone_and_the_folder_named_after_it(short, tmp_path):
+    copy = shutil.copytree(short, tmp_path / "short")
+    before = sorted((path, path.stat().st_mtime_ns) for path in copy.rglob("*"))
+    extended = mirl.pretrain(resume_from=str(copy), epochs=3, report=False)
+    assert extended == tmp_path / "short_3_epochs"
+    assert sorted((path, path.stat().st_mtime_ns) for path in copy.rglob("*")) == before
+    assert yaml.safe_load((extended / "config.yaml").read_text())["resume_from"] == str(copy)
+    assert saved_steps(extended / "checkpoints") == [18, 17]  # 17: undecayed again, at 90 % of 18 steps
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": None}, "needs --epochs; give more than its 2"),
+        ({"epochs": 2}, "needs --epochs; give more than its 2"),
+        ({"base_lr": 1.0}, "cannot change it to 1.0"),
+        ({"resume_from": "nowhere"}, "nowhere holds no run"),
+    ],
+)
+def test_a_mistake_is_one_line(short, tmp_path, change, message):
+    options = {"resume_from": str(short), "epochs": 4, "out": str(tmp_path / "long")} | change
+    with pytest.raises(UserError, match=message):
+        mirl.pretrain(**options)
+    assert not (tmp_path / "long").exists()
+
+
+def test_runs_that_cannot_be_extended_say_why(short, tiny, tmp_path):
+    def refused(**changes):
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(short, copy)
+        config = yaml.safe_load((copy / "config.yaml").read_text()) | changes
+        (copy / "config.yaml").write_text(yaml.safe_dump(config))
+        if not changes:
+            (copy / "checkpoints" / UNDECAYED).unlink()
+        with pytest.raises(UserError) as caught:
+            mirl.pretrain(resume_from=str(copy), epochs=4)
+        return str(caught.value)
+
+    assert "--schedule cosine" in refused(schedule="cosine")
+    assert "all warm-up" in refused(warmup_epochs=3.0)
+    assert "no checkpoint from before its rate decays, at 90 % of its 2 epochs" in refused()
+    with pytest.raises(UserError, match="is the run to extend"):
+        mirl.pretrain(resume_from=str(short), epochs=4, out=str(short))
