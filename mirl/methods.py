@@ -12,7 +12,10 @@ from typing import Literal
 
 from mirl.errors import UserError
 
-Context = Literal["none", "previous", "dense"]
+MethodName = Literal[
+    "mirl", "mae", "truncated_mae", "multi_decoder", "coarse_to_fine", "fine_to_coarse", "explicit_residual"
+]
+Context = Literal["dense", "previous", "none"]
 Part = Literal["image", "coarse", "fine"]
 
 

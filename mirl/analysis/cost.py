@@ -6,12 +6,12 @@ attention; both counts are given here.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mirl.methods import Context, MethodName
 from mirl.models.autoencoder import Autoencoder
 from mirl.models.encoder import embed_visible, parse_model, run_segments
 from mirl.models.masking import split
@@ -92,8 +92,12 @@ class ModelCost:
 
 def info(
     model: str,
-    method: Literal["mirl", "mae"] = "mirl",
+    method: MethodName = "mirl",
     segments: int | None = None,
+    taps: list[int] | None = None,
+    context: Context = "dense",
+    decoder_width: int | None = None,
+    decoder_depth: int | None = None,
     image_size: int | tuple[int, int] = 224,
     patch_size: int | tuple[int, int] | None = None,
     channels: int = 3,
@@ -104,8 +108,12 @@ def info(
 
     Args:
         model: vit_{ti,s,b,l}_DEPTH, e.g. vit_s_54
-        method: mirl or mae
-        segments: segments of the encoder for mirl; by default the paper's number
+        method: as for mirl pretrain
+        segments: segments of the encoder; by default the paper's number
+        taps: block counts after which decoders read; for truncated_mae the blocks that are built
+        context: what decoders of segments may cross-attend
+        decoder_width: by default the encoder's, at most 512
+        decoder_depth: blocks of each decoder; by default 2, or 4 for a single decoder
         image_size: pixels, one number or [height,width]
         patch_size: pixels, one number or [height,width]; by default 4, 8 or 16 by image size
         channels: of the images
@@ -115,7 +123,8 @@ def info(
     Paper: Table 3 (parameters, FLOPs).
     """
     settings = Resolved(
-        model=model, method=method, segments=segments, image_size=pair(image_size),
+        model=model, method=method, segments=segments, taps=taps, context=context, decoder_width=decoder_width,
+        decoder_depth=decoder_depth, image_size=pair(image_size),
         patch_size=pair(patch_size or default_patch(image_size)), channels=channels, mask_ratio=mask_ratio,
     )  # fmt: skip
     with torch.device("meta"):
@@ -127,11 +136,12 @@ def info(
             parameters, parameter_count(encoder), encoder_cost(encoder, settings.image_size, channels), trained, step
         )
     width, heads, depth = parse_model(model)
-    decoders, shape = len(autoencoder.decoders), autoencoder.shape
+    decoders, shape, built = len(autoencoder.decoders), autoencoder.shape, len(encoder.blocks)
+    blocks = f"{depth} blocks" if built == depth else f"the first {built} of {depth} blocks"
     (height, across), patch = settings.image_size, settings.patch_size
     million, giga = (lambda n: f"{n / 1e6:.1f} M"), (lambda n: f"{n / 1e9:.2f} G")
     print(f"""\
-{model}: {depth} blocks, width {width}, {heads} heads, {height}x{across} px, patches of {patch[0]}x{patch[1]}
+{model}: {blocks}, width {width}, {heads} heads, {height}x{across} px, patches of {patch[0]}x{patch[1]}
   parameters   {million(cost.parameters)}; {million(cost.parameters_with_head)} with a {classes}-class head
   forward      {giga(cost.encoder.linear)} multiply-adds an image; {giga(cost.encoder.total)} with attention products
 pre-training: {method}, {decoders} x {shape.depth} decoder blocks {shape.width} wide, {mask_ratio:.0%} masked

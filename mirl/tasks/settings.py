@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from mirl.errors import UserError
-from mirl.methods import SEGMENTED, Method, mae, truncated_mae
+from mirl.methods import SEGMENTED, Context, Method, MethodName, mae, truncated_mae
 from mirl.models.autoencoder import Autoencoder, build_autoencoder
 from mirl.models.decoder import DecoderShape
 from mirl.models.encoder import parse_model
@@ -57,9 +57,7 @@ class _Pretraining:
     model: str | None = None
     """vit_{ti,s,b,l}_DEPTH or vit_WIDTHxHEADS_DEPTH, e.g. vit_s_54; by default that of --weights, else vit_s_54 on a
     GPU with 50,000 images or more, else vit_ti_12"""
-    method: Literal[
-        "mirl", "mae", "truncated_mae", "multi_decoder", "coarse_to_fine", "fine_to_coarse", "explicit_residual"
-    ] = "mirl"
+    method: MethodName = "mirl"
     """masked image residual learning, the plain masked autoencoder, or what the paper compares them with
     (docs/methods.md)"""
     segments: int | None = None
@@ -67,7 +65,7 @@ class _Pretraining:
     taps: list[int] | None = None
     """block counts after which decoders read, e.g. [4,12], for segments of unequal length; for truncated_mae the
     blocks that are trained"""
-    context: Literal["dense", "previous", "none"] = "dense"
+    context: Context = "dense"
     """what decoders of segments may cross-attend: all earlier segments (DID), the one before, or nothing"""
     image_size: int | tuple[int, int] | None = None
     """pixels, one number or [height,width]; by default from the images: 32, 64, 128 or 224"""

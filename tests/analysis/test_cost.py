@@ -40,3 +40,19 @@ def test_the_table_is_printed(capsys):
     printed = capsys.readouterr().out
     assert "4 blocks, width 192, 3 heads, 32x32 px, patches of 4x4" in printed
     assert "1000-class head" in printed
+
+
+def test_decoders_of_equal_blocks_cost_about_the_same_in_every_method(capsys):
+    """What `studies/` rests on: twelve decoder blocks in all, one decoder's or shared by two, four or six."""
+    sizes = {"image_size": 32, "decoder_width": 96}
+    alone = info("vit_ti_24", method="mae", decoder_depth=12, **sizes).step.decoders.total
+    for segments in (2, 4, 6):
+        for method in ("mirl", "multi_decoder"):
+            shared = info("vit_ti_24", method=method, segments=segments, decoder_depth=12 // segments, **sizes)
+            assert shared.step.decoders.total == pytest.approx(alone, rel=0.15)
+
+
+def test_a_truncated_encoder_is_counted_as_it_is_built(capsys):
+    whole, truncated = info("vit_ti_8", method="mae"), info("vit_ti_8", method="truncated_mae", taps=[4])
+    assert truncated.step.encoder.total == pytest.approx(whole.step.encoder.total / 2, rel=0.05)
+    assert "the first 4 of 8 blocks" in capsys.readouterr().out
