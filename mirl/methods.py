@@ -80,6 +80,11 @@ class Method:
         return self.taps[-1]
 
     @property
+    def separates(self) -> bool:
+        """Whether its terms are compared with the coarse and the fine part of the image. Paper: Table 2e."""
+        return any(term.target != "image" for term in self.terms)
+
+    @property
     def reconstructions(self) -> tuple[Term, ...]:
         """List the sums that are whole images, each once, for pictures: the main component or the coarse part first."""
         coarse, fine = ([t.decoders[0] for t in self.terms if t.target == part] for part in ("coarse", "fine"))

@@ -248,8 +248,8 @@ def _places(gr: Any, model: Reconstructor) -> list[Any]:
         gr.Markdown("\n".join(f"- **{title}**: {LEGEND[title]}" for title in titles_of(model.terms[0])))
     for term in model.terms:
         if len(model.terms) > 1:
-            gr.Markdown(f"**{label(term.decoders)}** · after blocks "
-                        f"{' and '.join(str(model.method.taps[decoder - 1]) for decoder in term.decoders)}")  # fmt: skip
+            blocks = " and ".join(str(model.method.taps[decoder - 1]) for decoder in term.decoders)
+            gr.Markdown(f"**{label(term.decoders)}** · after blocks {blocks}")
         with gr.Row():
             places += [gr.Image(label=title, **options) for title in titles_of(term)]
     return places

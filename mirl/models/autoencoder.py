@@ -3,7 +3,7 @@
 There is one class for every method; what differs is the `Method` it is given.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -82,6 +82,16 @@ class Autoencoder(nn.Module):
             did = torch.cat(memory, dim=1) if memory else None
             predictions.append(decoder(tokens[number - 1], did, positions, all_patches=all_patches))
         return predictions
+
+    def parted(self, predictions: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Part predictions [b, m, p + features] into pixels [b, m, p] and features [b, m, features] of each decoder."""
+        p = self.patch_values
+        return [both[..., :p] for both in predictions], [both[..., p:] for both in predictions]
+
+
+def without_features(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out the layers that predict a teacher's tokens: they serve the training alone."""
+    return {name: value for name, value in state.items() if ".predict_features." not in name}
 
 
 def build_autoencoder(

@@ -50,9 +50,14 @@ def reconstruction_loss(
     Paper: Eq. (6) for one term (Eq. (4) if it has one decoder), Eq. (7) for their weighted sum.
     """
     losses = [(total(predictions, term) - targets[term.target].float()).square().mean(dim=(1, 2)) for term in terms]
-    stacked = torch.stack(losses)
+    return weighted(losses, terms), torch.stack(losses)
+
+
+def weighted(losses: Sequence[Tensor], terms: Sequence[Term]) -> Tensor:
+    """Add up the losses [b] of `terms`, each times its weight. Paper: Eq. (7)."""
+    stacked = torch.stack(list(losses))
     weights = stacked.new_tensor([term.weight for term in terms])
-    return (weights[:, None] * stacked).sum(0), stacked
+    return (weights[:, None] * stacked).sum(0)
 
 
 def to_pixels(prediction: Tensor, patches: Tensor, target: Target) -> Tensor:

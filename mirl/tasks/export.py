@@ -7,7 +7,7 @@ from pathlib import Path
 from timm.models import VisionTransformer, save_for_hf
 
 from mirl.data.transforms import channel_statistics
-from mirl.models.autoencoder import Autoencoder
+from mirl.models.autoencoder import Autoencoder, without_features
 from mirl.models.encoder import ARCHITECTURE, parse_model, timm_arguments
 from mirl.models.patches import Size
 from mirl.models.weights import Weights
@@ -31,7 +31,7 @@ def export(model: Autoencoder, settings: Resolved, saved: ResolvedRun, run: RunF
         full_depth=depth if depth > len(encoder.blocks) else None,
     )  # fmt: skip
     _replace(run, encoder, weights)
-    state = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
+    state = {name: value.contiguous().cpu() for name, value in without_features(model.state_dict()).items()}
     with atomic(run.autoencoder) as temporary:
         save_tensors(state, temporary, mirl=json.dumps(saved.saved()))
 

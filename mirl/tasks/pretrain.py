@@ -18,15 +18,18 @@ from mirl.data.loading import MaskedBatch, MaskedImages, collate
 from mirl.data.sources import Source, open_source
 from mirl.data.transforms import fixed_view, normalise, training_view
 from mirl.errors import UserError
+from mirl.methods import Part
 from mirl.models.autoencoder import Autoencoder
 from mirl.models.encoder import check_sizes
 from mirl.models.masking import split, visible_count
 from mirl.models.patches import gather, grid_size, patchify
 from mirl.models.weights import AutoencoderWeights, Weights
+from mirl.objectives.frequency import coarse_part, part_targets
 from mirl.objectives.pixels import pixel_target, reconstruction_loss
 from mirl.tasks.blocks import BlockMonitor
 from mirl.tasks.export import export, how_to_use
 from mirl.tasks.extension import begin, extended
+from mirl.tasks.objectives import Seen, extra_objectives, feature_values, open_teacher
 from mirl.tasks.options import ResolvedRun, built_in, resumed
 from mirl.tasks.run import RunnableTask, carry_out
 from mirl.tasks.settings import Pretraining, Resolved, autoencoder_of, idle_options, resolve
@@ -111,9 +114,11 @@ class PretrainTask(RunnableTask[MaskedBatch]):
         check_sizes(self.image_size, self.patch_size)
         self.patches = math.prod(grid_size(self.image_size, self.patch_size))
         visible_count(self.patches, settings.mask_ratio)
-        self.model = autoencoder_of(settings)
+        teacher = open_teacher(settings)
+        self.model = autoencoder_of(settings, features=feature_values(settings, teacher))
         self.method = self.model.method
         self.started = start_from(start, self.model, settings.channels) if start else []
+        self.extras = extra_objectives(settings, self.method, self.model.encoder, teacher)
         view = training_view(self.image_size, settings.min_crop, settings.flip)
         self.training = self.masked_images(training, view, TRAINING)
         # The same views and masks in every run of this data, whatever its seed, so that losses compare.
@@ -154,13 +159,47 @@ class PretrainTask(RunnableTask[MaskedBatch]):
         return self.settings.schedule == "step"
 
     def loss(self, model: nn.Module, batch: MaskedBatch) -> dict[str, Tensor]:
-        """Return the loss [b] of each image and, where there are several, of each pair. Paper: Eq. (6), (7)."""
-        patches = patchify(normalise(batch.images, self.settings.channels), self.patch_size)
-        predictions = model(patches, batch.visible, batch.masked)
-        target = pixel_target(gather(patches, batch.masked), self.settings.target)
-        loss, of_terms = reconstruction_loss(predictions, {"image": target}, self.method.terms)
+        """Return the loss [b] of each image and, where there are several, of each objective and of each term.
+
+        In training, objectives beside the pixels look at a share of the images. Paper: Eq. (6), (7).
+        """
+        images = normalise(batch.images, self.settings.channels)
+        patches = patchify(images, self.patch_size)
+        predictions, features = self.model.parted(model(patches, batch.visible, batch.masked))
+        pixel, of_terms = reconstruction_loss(
+            predictions, self.targets(images, patches, batch.masked), self.method.terms
+        )
+        seen = Seen(batch.images, patches, batch.masked, predictions, features)
+        share = self.settings.extra_share if model.training else 1.0
+        extras = {extra.name: extra.on_share(seen, share) for extra in self.extras}
+        loss = pixel + sum(extra.weight_at(self.epoch) * extras[extra.name] for extra in self.extras)
         names = [term.name for term in self.method.terms]
-        return {"loss": loss, **(dict(zip(names, of_terms, strict=True)) if len(names) > 1 else {})}
+        return {
+            "loss": loss,
+            **({"pixel": pixel, **extras} if extras else {}),
+            **(dict(zip(names, of_terms, strict=True)) if len(names) > 1 else {}),
+        }
+
+    def targets(self, images: Tensor, patches: Tensor, masked: Tensor) -> dict[Part, Tensor]:
+        """Return what predictions [b, m, p] of masked patches are compared with, for each part that a term asks for."""
+        s, hidden = self.settings, gather(patches, masked)
+        if not self.method.separates:
+            return {"image": pixel_target(hidden, s.target)}
+        coarse = patchify(coarse_part(images, s.separation_sigma, s.separation), self.patch_size)
+        return part_targets(hidden, gather(coarse, masked), s.target)
+
+    @property
+    def followers(self) -> dict[str, nn.Module]:
+        return {f"{extra.name}_average": extra.average.module for extra in self.extras if extra.average}
+
+    def follow(self, step: int) -> None:
+        for extra in self.extras:
+            extra.follow(self.model.encoder, step, self.epoch)
+
+    def to(self, device: torch.device) -> None:
+        super().to(device)
+        for extra in self.extras:
+            extra.to(device)
 
     @property
     def encoder(self) -> VisionTransformer:
@@ -184,7 +223,7 @@ class PretrainTask(RunnableTask[MaskedBatch]):
         spread = np.unique(np.linspace(0, len(self.held_out) - 1, PICTURED).astype(int))
         batch = cast(MaskedBatch, collate([self.held_out[0, int(i)] for i in spread])).to(device)
         patches = patchify(normalise(batch.images, self.settings.channels), self.patch_size)
-        predictions = self.model(patches, batch.visible, batch.masked, all_patches=True)
+        predictions, _ = self.model.parted(self.model(patches, batch.visible, batch.masked, all_patches=True))
         columns = panels(compose(
             patches, batch.visible, batch.masked, predictions, self.method.reconstructions, target=self.settings.target,
             image_size=self.image_size, patch_size=self.patch_size, channels=self.settings.channels,
@@ -223,7 +262,9 @@ class PretrainTask(RunnableTask[MaskedBatch]):
             f"recipe    {s.epochs} epochs of {steps} steps · batch {s.batch_size} · peak rate {peak_rate(s):.2g} after "
             f"{s.warmup_epochs:.3g} epochs, {s.schedule} schedule · seed {s.seed}",
             *(f"weights   {line}" for line in self.started),
-            *(f"warning: --{name} has no effect without cross-attention" for name in idle_options(s, method)),
+            *([f"parts     coarse and fine, {s.separation}, {s.separation_sigma:g} px"] if method.separates else []),
+            *(f"objective {extra.about} · on {s.extra_share:.0%} of each batch" for extra in self.extras),
+            *(f"warning: {line}" for line in idle_options(s, method)),
         ]
 
     def finish(self, run: RunFolder, settings: ResolvedRun) -> None:

@@ -118,8 +118,6 @@ def _train(fabric: Fabric, settings: ResolvedRun, task: RunnableTask[B], run: Ru
     steps_per_epoch = len(task.training) // settings.batch_size
     steps = steps_per_epoch * settings.epochs
     optimizer = task.optimizer()
-    if task.average:
-        task.average.to(fabric.device)
     begun = settings.resume or saved_steps(run.checkpoints)  # by an earlier start, or by the run that this one extends
     progress = loop.restore(fabric, run, task, optimizer, task.samples) if begun else loop.Progress()
     run.forget_after(progress.step)

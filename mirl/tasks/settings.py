@@ -358,16 +358,11 @@ def decoder_shape(settings: Resolved, method: Method) -> DecoderShape:
     return DecoderShape(width, depth, heads, settings.did_blocks, settings.did_memory, settings.weight_norm)
 
 
-def has_parts(method: Method) -> bool:
-    """Tell whether the method's terms are compared with the coarse and the fine part of an image. Paper: Table 2e."""
-    return any(term.target != "image" for term in method.terms)
-
-
 def idle_options(settings: Resolved, method: Method) -> list[str]:
     """Say which options were given that nothing reads, and what they would need."""
     readers = {
         "cross-attention": (method.context != "none", ("did_blocks", "did_memory")),
-        "coarse and fine targets": (has_parts(method), ("separation", "separation_sigma")),
+        "coarse and fine targets": (method.separates, ("separation", "separation_sigma")),
         "--feature": (settings.feature, ("feature_weight",)),
         "--vgg": (settings.vgg, ("vgg_weight",)),
         "--feature or --vgg": (settings.feature or settings.vgg, ("extra_share",)),

@@ -2,7 +2,7 @@
 
 from mirl.data.transforms import channel_statistics
 from mirl.errors import UserError
-from mirl.models.autoencoder import Autoencoder
+from mirl.models.autoencoder import Autoencoder, without_features
 from mirl.models.patches import grid_size
 from mirl.models.weights import AutoencoderWeights, Weights
 from mirl.tasks.settings import Pretraining
@@ -76,9 +76,10 @@ def start_from(weights: Weights | AutoencoderWeights, model: Autoencoder, channe
 def _take_decoders(weights: AutoencoderWeights, model: Autoencoder) -> str:
     theirs, ours = (
         {name: value for name, value in state.items() if not name.startswith("encoder.")}
-        for state in (weights.state, model.state_dict())
+        for state in (weights.state, without_features(model.state_dict()))
     )
     if {name: value.shape for name, value in theirs.items()} != {name: value.shape for name, value in ours.items()}:
         return "decoders are fresh: those of the weights have another form"
     model.load_state_dict(theirs, strict=False)
-    return f"{len(model.decoders)} decoders are trained too"
+    fresh = "; their layers that predict features are fresh" if model.shape.features else ""
+    return f"{len(model.decoders)} decoders are trained too{fresh}"

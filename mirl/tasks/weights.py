@@ -21,7 +21,7 @@ from mirl.formats import graphs, huggingface, official_mae, official_mirl
 from mirl.formats.paddle import read_checkpoint
 from mirl.formats.renaming import fit, split
 from mirl.formats.shapes import Heads, encoder_arguments
-from mirl.models.autoencoder import Autoencoder
+from mirl.models.autoencoder import Autoencoder, without_features
 from mirl.models.encoder import ARCHITECTURE, check_sizes, parse_model, timm_arguments
 from mirl.models.patches import Size, pair
 from mirl.models.weights import AutoencoderWeights, State, Weights, depth_of
@@ -302,7 +302,7 @@ def _from_unfinished(run: Path, say: Say) -> AutoencoderWeights:
         remedy = f"finish it with mirl pretrain --out {run} --resume" if "method" in settings else "finish it first"
         raise UserError(f"{run} holds no encoder yet; {remedy}")
     say(f"{run} is not finished: using its checkpoint of step {state['step']}")
-    return AutoencoderWeights(settings, state["model"])
+    return AutoencoderWeights(settings, without_features(state["model"]))
 
 
 def _from_paddle(

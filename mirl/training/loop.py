@@ -74,7 +74,7 @@ def save(
         if fabric.is_global_zero:
             state = {
                 "model": task.model.state_dict(),
-                "average": task.average.module.state_dict() if task.average else None,
+                **{name: follower.state_dict() for name, follower in task.followers.items()},
                 "optimizer": optimizer.state_dict(),
                 "precision": fabric.strategy.precision.state_dict(),
                 "skipped": progress.skipped,
@@ -103,8 +103,8 @@ def restore(fabric: Fabric, run: RunFolder, task: Task[B], optimizer: torch.opti
             )
         try:
             task.model.load_state_dict(state["model"])
-            if task.average:
-                task.average.module.load_state_dict(state["average"])
+            for name, follower in task.followers.items():
+                follower.load_state_dict(state[name])
             optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(
@@ -147,14 +147,15 @@ def fit(
             began = time.monotonic()
             chunks = [next(batches) for _ in range(plan.micro_batches)]
             waited = time.monotonic() - began
+            task.epoch = progress.step / plan.steps_per_epoch
             rate = plan.rate(progress.step)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("lr_scale", 1.0)
             key = (plan.seed, STEPS, progress.step, fabric.global_rank)
             by_block = progress.step % GRADIENTS_EVERY == 0
             step = accumulator.step(chunks, key, number=progress.step + 1, by_block=by_block)
-            if step.finite and task.average:
-                task.average.update(task.model, step=progress.step)
+            if step.finite:
+                task.follow(progress.step)
             progress.step += 1
             in_a_row = 0 if step.finite else in_a_row + 1
             if not step.finite:
@@ -250,6 +251,7 @@ def evaluate(
         model.eval()
     sums: dict[str, Tensor] = {}
     count = torch.zeros((), device=fabric.device)
+    epoch = task.epoch = progress.step / plan.steps_per_epoch
     for batch in held_out:
         report_bad(run, progress, batch.bad)
         if not len(batch):
@@ -266,7 +268,6 @@ def evaluate(
         check_budget(plan, progress)
     totals = over_processes(fabric, torch.stack([*sums.values(), count]), "sum")
     means = dict(zip(sums, (totals[:-1] / totals[-1]).tolist(), strict=True))
-    epoch = progress.step / plan.steps_per_epoch
     run.record({"kind": "held_out", "step": progress.step, "epoch": epoch, **means})
     monitor.scalars("held_out", means, progress.step)
     parts = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in means.items() if name != "loss")

@@ -25,10 +25,27 @@ class Task(ABC, Generic[B]):
     Attributes:
         model: the module.
         average: a running average of its weights, evaluated beside it, or None.
+        epoch: how far the run has come, in passes over the data; the loop sets it before each step and evaluation.
     """
 
     model: nn.Module
     average: ModelEmaV3 | None = None
+    epoch: float = 0.0
+
+    @property
+    def followers(self) -> dict[str, nn.Module]:
+        """Averages of the model or of parts of it, by the names under which checkpoints keep them."""
+        return {"average": self.average.module} if self.average else {}
+
+    def follow(self, step: int) -> None:
+        """Bring the followers up to date with the weights; called after each optimizer step that was taken."""
+        if self.average:
+            self.average.update(self.model, step=step)
+
+    def to(self, device: torch.device) -> None:
+        """Move the model, its followers and whatever else the loss needs to `device`."""
+        for module in (self.model, *self.followers.values()):
+            module.to(device)
 
     @property
     def encoder(self) -> VisionTransformer | None:
@@ -64,7 +81,7 @@ def probe(fabric: Fabric, task: Task[B], micro_batch: int, run: RunFolder) -> tu
     On a GPU the size is halved until it fits; all processes take the smallest found. A CPU keeps the size given.
     """
     gpu, model = fabric.device.type == "cuda", task.model
-    model.to(fabric.device)
+    task.to(fabric.device)
     # Room for what a step needs besides: two moments of AdamW, and the buckets of several processes.
     reserve = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(3)] if gpu else []
     size = micro_batch

@@ -2,25 +2,42 @@
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from mirl.errors import UserError
-from mirl.methods import Method, mae, mirl
+from mirl.methods import (
+    Method,
+    coarse_to_fine,
+    explicit_residual,
+    fine_to_coarse,
+    mae,
+    mirl,
+    multi_decoder,
+    truncated_mae,
+)
 from mirl.models.autoencoder import Autoencoder, build_autoencoder
 from mirl.models.decoder import DecoderShape
 from mirl.models.encoder import parse_model
 from mirl.models.masking import split
 from mirl.models.patches import gather, patchify
+from mirl.objectives.features import feature_loss
+from mirl.objectives.frequency import part_targets
 from mirl.objectives.pixels import pixel_target, reconstruction_loss
 
 PAPER = DecoderShape(32, 2, 4)
 OFFICIAL = DecoderShape(32, 2, 4, did_blocks="all", did_memory="embedded", weight_norm=True)
-METHODS = [mae(6), mirl(6, 1), mirl(6, 2), mirl(6, 6), mirl(6, 2, context="none"), mirl(6, taps=(1, 6))]
+FEATURES = DecoderShape(32, 1, 4, features=24)
+METHODS = [
+    mae(6), truncated_mae(6, 4), mirl(6, 1), mirl(6, 2), mirl(6, taps=(1, 3, 4, 6)), mirl(6, 6), mirl(6, taps=(1, 6)),
+    mirl(6, 2, context="none"), mirl(6, 6, context="previous"), multi_decoder(6, 3), coarse_to_fine(6, 6),
+    fine_to_coarse(6, 2, context="previous"), explicit_residual(6, 2), explicit_residual(6, 6, context="none"),
+]  # fmt: skip
 
 
 def autoencoder(method: Method, shape: DecoderShape = PAPER, **options) -> Autoencoder:
     torch.manual_seed(0)
     sizes = {"image_size": (32, 32), "patch_size": (8, 8), "channels": 3} | options
-    return build_autoencoder("vit_ti_6", method, shape, **sizes)
+    return build_autoencoder("vit_48x4_6", method, shape, **sizes)
 
 
 def example(model: Autoencoder, images: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -33,14 +50,29 @@ def label(value: object) -> str | None:
     return f"{value.name}{len(value.taps)}-{value.context}" if isinstance(value, Method) else None
 
 
-@pytest.mark.parametrize("shape", [PAPER, OFFICIAL], ids=["paper", "official"])
+def targets_of(patches: torch.Tensor, masked: torch.Tensor, *, coarse: float = 0.5) -> dict[str, torch.Tensor]:
+    """Return the whole image and parts of it, of which one has a share of every pixel."""
+    hidden = gather(patches, masked)
+    return {"image": pixel_target(hidden, "normalised")} | part_targets(hidden, coarse * hidden, "normalised")
+
+
+def loss_of(
+    model: torch.nn.Module, method: Method, patches: torch.Tensor, visible: torch.Tensor, masked: torch.Tensor
+) -> torch.Tensor:
+    """Return the mean loss; where the model predicts features, of these too, which are pixels here."""
+    unwrapped = model.module if isinstance(model, DistributedDataParallel) else model
+    pixels, features = unwrapped.parted(model(patches, visible, masked))
+    loss, _ = reconstruction_loss(pixels, targets_of(patches, masked), method.terms)
+    if unwrapped.shape.features:
+        loss = loss + feature_loss(features, gather(patches, masked)[..., : unwrapped.shape.features], method.terms)
+    return loss.mean()
+
+
+@pytest.mark.parametrize("shape", [PAPER, OFFICIAL, FEATURES], ids=["paper", "official", "features"])
 @pytest.mark.parametrize("method", METHODS, ids=label)
 def test_every_parameter_gets_a_gradient(method, shape):
     model = autoencoder(method, shape)
-    patches, visible, masked = example(model)
-    target = pixel_target(gather(patches, masked), "normalised")
-    loss, _ = reconstruction_loss(model(patches, visible, masked), {"image": target}, method.terms)
-    loss.mean().backward()
+    loss_of(model, method, *example(model)).backward()
     without = [
         name
         for name, parameter in model.named_parameters()
@@ -60,31 +92,108 @@ def test_masked_predictions_equal_the_full_computation(method, shape):
         torch.testing.assert_close(short, whole[:, visible.shape[1] :], rtol=1e-5, atol=1e-5)
 
 
-def test_a_prediction_does_not_depend_on_deeper_segments():
-    model = autoencoder(mirl(6, 6))
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS, ids=label)
+def test_a_prediction_depends_on_the_blocks_up_to_its_tap_and_no_deeper(method):
+    model = autoencoder(method, FEATURES)
     batch = example(model)
     before = model(*batch)
-    with torch.no_grad():
-        for parameter in model.encoder.blocks[3].parameters():
+    assert len(model.encoder.blocks) == method.taps[-1]
+    for number in range(method.depth, 0, -1):
+        for parameter in model.encoder.blocks[number - 1].parameters():
             parameter.add_(0.1)
-    same = [torch.equal(a, b) for a, b in zip(before, model(*batch), strict=True)]
-    assert same == [True, True, True, False, False, False]
+        after = model(*batch)
+        same = [torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+        assert same == [tap < number for tap in method.taps]
+        before = after
 
 
-def test_did_lets_a_decoder_read_earlier_segments():
-    for context, reached in (("dense", True), ("none", False)):
-        model = autoencoder(mirl(6, 2, context=context))
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("context", "read"),
+    [
+        ("none", [{1}, {2}, {3}]),
+        ("previous", [{0, 1}, {1, 2}, {2, 3}]),
+        ("dense", [{0, 1}, {0, 1, 2}, {0, 1, 2, 3}]),
+    ],
+)
+def test_a_decoder_reads_its_own_segment_and_its_context(context, read):
+    """Each z_g is set from outside, so that it tells nothing of those before."""
+    model = autoencoder(multi_decoder(6, 3, context=context))
+    patches, visible, masked = example(model)
+    outputs = torch.randn(3, len(patches), 1 + visible.shape[1], model.encoder.embed_dim)
+    for block, output in zip(model.encoder.blocks[1::2], outputs, strict=True):
+        block.register_forward_hook(lambda *_, output=output: output)
+    before = model(patches, visible, masked)
+    for segment in range(4):
+        changed = outputs[segment - 1] if segment else patches  # z_0 is the embedding of the patches
+        changed += torch.randn_like(changed)
+        after = model(patches, visible, masked)
+        different = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+        assert different == [segment in sources for sources in read]
+        before = after
+
+
+def gradients(model: Autoencoder, losses: torch.Tensor) -> list[bool]:
+    """Tell of each decoder whether these losses train it."""
+    model.zero_grad()
+    losses.sum().backward()
+    return [any(p.grad is not None and p.grad.any() for p in decoder.parameters()) for decoder in model.decoders]
+
+
+def test_every_term_trains_its_decoders_and_no_other():
+    """Of an explicit residual, the deep one alone: what the shallow one predicts is taken as it is."""
+    expected = {
+        mirl(6, 2): [[True, True]], multi_decoder(6, 2): [[True, False], [False, True]],
+        coarse_to_fine(6, 2): [[True, False], [False, True]], explicit_residual(6, 2): [[True, False], [False, True]],
+    }  # fmt: skip
+    for method, trained in expected.items():
+        model = autoencoder(method)
         patches, visible, masked = example(model)
-        for parameter in model.encoder.parameters():
-            parameter.requires_grad_(False)
-        with torch.no_grad():  # cut the residual stream: only DID can carry z_1 past the last segment
-            for block in model.encoder.blocks[3:]:
-                block.register_forward_hook(lambda *arguments: torch.zeros_like(arguments[2]))
-        deep = [model(patches, visible, masked)[1]]
-        with torch.no_grad():
-            model.encoder.blocks[0].mlp.fc1.weight.add_(0.5)
-        deep.append(model(patches, visible, masked)[1])
-        assert torch.equal(*deep) is not reached
+        for number, decoders in enumerate(trained):
+            losses = reconstruction_loss(model(patches, visible, masked), targets_of(patches, masked), method.terms)[1]
+            assert gradients(model, losses[number]) == decoders, method.name
+
+
+@pytest.mark.parametrize(("build", "parts"), [(coarse_to_fine, "coarse fine"), (fine_to_coarse, "fine coarse")])
+def test_shallow_and_deep_learn_different_parts(build, parts):
+    model = autoencoder(build(6, 2))
+    patches, visible, masked = example(model)
+    predictions, targets = model(patches, visible, masked), targets_of(patches, masked, coarse=0.9)
+    _, losses = reconstruction_loss(predictions, targets, model.method.terms)
+    for loss, prediction, part in zip(losses, predictions, parts.split(), strict=True):
+        torch.testing.assert_close(loss, (prediction - targets[part]).square().mean(dim=(1, 2)))
+    assert not torch.allclose(targets["coarse"], targets["fine"], atol=0.1)
+
+
+def two_steps(model: torch.nn.Module, method: Method, *batch: torch.Tensor) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):  # an unused parameter is an error in the second
+        optimizer.zero_grad()
+        loss_of(model, method, *batch).backward()
+        optimizer.step()
+
+
+def be_one_of_two(rank: int, rendezvous: str) -> None:
+    """Train each method on half a batch; the first process compares with the whole batch in one."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    for method in METHODS:
+        together = autoencoder(method, FEATURES)
+        batch = example(together, images=4)
+        two_steps(
+            DistributedDataParallel(together, find_unused_parameters=False), method,
+            *(each[2 * rank : 2 * rank + 2] for each in batch),
+        )  # fmt: skip
+        if rank == 0:
+            alone = autoencoder(method, FEATURES)
+            two_steps(alone, method, *batch)
+            torch.testing.assert_close(together.state_dict(), alone.state_dict(), atol=1e-5, rtol=1e-4)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_train_every_method_as_one_does(tmp_path):
+    torch.multiprocessing.spawn(be_one_of_two, (str(tmp_path / "rendezvous"),), nprocs=2)
 
 
 def test_only_visible_patches_matter_for_predictions():

@@ -18,7 +18,9 @@ def options(tiny, tmp_path):
     return tiny | {"data": "shapes:33", "batch_size": 8, "epochs": 1, "base_lr": 1e-2, "out": str(tmp_path / "run")}
 
 
-def test_two_processes_equal_one(options, tmp_path):
+@pytest.mark.parametrize("objective", [{}, {"feature": "ema", "extra_share": 1.0, "warmup_epochs": 0.0}], ids=str)
+def test_two_processes_equal_one(options, tmp_path, objective):
+    options |= objective
     one = mirl.pretrain(**options)
     two = tmp_path / "two"
     code, output, errors = finish(command(options | {"out": two}, "--devices=2"))

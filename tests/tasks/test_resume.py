@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from tiny_runs import assert_one_line, assert_same_run, command, finish, flags, interrupted, losses, rows, wait_for_rows
 
@@ -111,6 +112,17 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(options, uninterrupted, capsys
     assert saved_steps(folder) == kept and not list(Path(options["out"]).rglob("*.tmp"))
     mirl.pretrain(**options, resume=True)
     assert_same_run(options["out"], uninterrupted)
+
+
+def test_a_teacher_goes_on_too(options, tmp_path):
+    options |= {"feature": "ema", "epochs": 2, "warmup_epochs": 1.0, "block_figures": False}
+    whole = mirl.pretrain(**options | {"out": str(tmp_path / "whole")})
+    interrupted(options, after=4)
+    mirl.pretrain(**options, resume=True)
+    assert_same_run(options["out"], whole)
+    assert [row["feature"] for row in rows(options["out"])] == [row["feature"] for row in rows(whole)]
+    a, b = (torch.load(checkpoint_path(Path(run) / "checkpoints", 12)) for run in (whole, options["out"]))
+    assert all(torch.equal(value, b["feature_average"][name]) for name, value in a["feature_average"].items())
 
 
 def test_a_finished_run_is_said_to_be_complete(uninterrupted, options, capsys):

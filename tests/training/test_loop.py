@@ -167,6 +167,19 @@ def test_a_non_finite_loss_skips_the_step_and_names_the_image(run):
     assert all(value.isfinite().all() for value in weights.values())
 
 
+def test_followers_follow_each_step_that_was_taken_and_the_task_knows_when_it_was(run):
+    class Followed(Regression):
+        followed = ()
+
+        def follow(self, step):
+            self.followed += ((step, self.epoch),)
+
+    task = Followed(broken=[17])
+    train(run, task, steps=4, batches=[chunk(range(k, k + 12)) for k in (0, 12, 24, 36)])
+    assert task.followed == ((0, 0.0), (2, 0.5), (3, 0.75))
+    assert task.epoch == 1.0  # of the last evaluation
+
+
 def test_what_happened_is_recorded_with_its_step(run):
     memory = train(run, Regression(fits=6), steps=1)[1]
     assert memory.skipped == 0
