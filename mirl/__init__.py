@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mirl.analysis.reconstructor import Reconstructor
     from mirl.errors import UserError
     from mirl.reports.page import report
+    from mirl.studies.study import study
     from mirl.tasks.convert import Conversion, convert
     from mirl.tasks.embed import EmbedOptions, embed
     from mirl.tasks.evaluate import EvaluateOptions, evaluate
@@ -50,12 +51,13 @@ _HOMES = {
     "load_encoder": "mirl.tasks.weights",
     "load_autoencoder": "mirl.tasks.weights",
     "info": "mirl.analysis.cost",
+    "study": "mirl.studies.study",
     "UserError": "mirl.errors",
 }
 __all__ = ["Conversion", "DiagnoseOptions", "EmbedOptions", "EvaluateOptions", "Finetuning", "KNNOptions",
            "Pretraining", "ProbeOptions", "Reconstructor", "UserError", "__version__", "app", "convert",
            "diagnose", "embed", "evaluate", "finetune", "info", "knn", "load_autoencoder",
-           "load_encoder", "pretrain", "probe", "reconstruct", "report"]  # fmt: skip
+           "load_encoder", "pretrain", "probe", "reconstruct", "report", "study"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -5,10 +5,9 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, get_args, get_origin
 
-from mirl.errors import UserError
+from mirl.errors import UserError, in_words
 
 # name: (where the function is, one line). Named, not imported: `mirl --help` must not wait for PyTorch.
 COMMANDS = {
@@ -24,6 +23,7 @@ COMMANDS = {
     "app": ("mirl.analysis.app:app", "mask images by hand in the browser and see each pair's prediction"),
     "convert": ("mirl.tasks.convert:convert", "take weights in and out: timm, Hugging Face, ONNX, official files"),
     "info": ("mirl.analysis.cost:info", "print a model's parameters and cost"),
+    "study": ("mirl.studies.study:study", "run a grid of small experiments that repeats a figure or table"),
 }
 
 
@@ -91,19 +91,7 @@ def _in_one_line(parser: Any, error: Exception) -> str:
         return text.removeprefix('Parser key "config": ')
     key, value = wrong.groups()
     hint = next(action._typehint for action in parser._actions if action.dest == key)
-    return f"--{key} {value} is not allowed; give {_in_words(hint)}"
-
-
-def _in_words(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return " or ".join(map(str, get_args(hint)))
-    if get_origin(hint) in (Union, UnionType):
-        return " or ".join(_in_words(part) for part in get_args(hint) if part is not NoneType)
-    words: dict[Any, str] = {
-        int: "a whole number", float: "a number", str: "text", bool: "true or false", list[float]: "numbers",
-        list[int]: "numbers such as 4 12", list[str]: "one or more", tuple[int, int]: "[height,width]",
-    }  # fmt: skip
-    return words.get(hint, str(hint))
+    return f"--{key} {value} is not allowed; give {in_words(hint)}"
 
 
 def _spell_out(parser: Any, arguments: Sequence[str]) -> list[str]:

@@ -1,4 +1,7 @@
-"""Mistakes that a user can mend."""
+"""Mistakes that a user can mend, and what their one line calls the values that are allowed."""
+
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 
 class UserError(ValueError):
@@ -6,3 +9,16 @@ class UserError(ValueError):
 
     The command line prints it and exits with code 2, without a traceback.
     """
+
+
+def in_words(hint: Any) -> str:
+    """Return what people call the values of a type."""
+    if get_origin(hint) is Literal:
+        return " or ".join(map(str, get_args(hint)))
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(in_words(part) for part in get_args(hint) if part is not NoneType)
+    words: dict[Any, str] = {
+        int: "a whole number", float: "a number", str: "text", bool: "true or false", list[float]: "numbers",
+        list[int]: "numbers such as 4 12", list[str]: "one or more", tuple[int, int]: "[height,width]",
+    }  # fmt: skip
+    return words.get(hint, str(hint))

@@ -16,6 +16,7 @@ LAYERS = [
     ["mirl.formats"],
     ["mirl.tasks"],
     ["mirl.analysis"],
+    ["mirl.studies"],
     ["mirl.cli", "mirl"],
 ]
 DOORS = {
