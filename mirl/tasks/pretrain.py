@@ -20,7 +20,7 @@ from mirl.data.transforms import fixed_view, normalise, training_view
 from mirl.errors import UserError
 from mirl.methods import Part
 from mirl.models.autoencoder import Autoencoder
-from mirl.models.encoder import check_sizes
+from mirl.models.encoder import check_sizes, parse_model
 from mirl.models.masking import split, visible_count
 from mirl.models.patches import gather, grid_size, patchify
 from mirl.models.weights import AutoencoderWeights, Weights
@@ -251,11 +251,13 @@ class PretrainTask(RunnableTask[MaskedBatch]):
         others += f", {unreadable} folders cannot be read" if unreadable else ""
         segments = f", {len(method.taps)} segments, decoders after blocks {', '.join(map(str, method.taps))}"
         segments = segments if len(method.taps) > 1 else ""
+        depth = parse_model(s.model)[2]
+        built = f", its first {method.depth} blocks; fine-tuning adds the others" if method.depth < depth else ""
         steps = len(self.training) // s.batch_size
         (height, width), (patch_height, patch_width) = s.image_size, s.patch_size
         return [
             f"data      {s.data}: {len(self.training)} images to train on, {len(self.held_out)} held out{others}",
-            f"model     {s.model} ({encoder:.1f} M parameters) · {method.name}{segments}",
+            f"model     {s.model} ({encoder:.1f} M parameters) · {method.name}{segments}{built}",
             f"decoders  {len(method.taps)} x {model.shape.depth} blocks, width {model.shape.width} ({decoders:.1f} M)",
             f"input     {height}x{width} px, patches of {patch_height}x{patch_width}, {s.channels} channels · "
             f"{s.mask_ratio:.0%} of {self.patches} patches masked",

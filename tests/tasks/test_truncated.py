@@ -27,6 +27,7 @@ def truncated(tiny, folder):
 def test_only_the_first_blocks_are_built_and_trained(truncated):
     blocks = {name.split(".")[2] for name in weights(truncated) if name.startswith("encoder.blocks.")}
     assert blocks == {"0", "1", "2"}
+    assert "truncated_mae, its first 3 blocks; fine-tuning adds the others" in (truncated / "log.txt").read_text()
     assert (open_weights(str(truncated)).depth, open_weights(str(truncated)).full_depth) == (3, 4)
     assert json.loads((truncated / "encoder" / "config.json").read_text())["full_depth"] == 4
 
