@@ -1,5 +1,6 @@
 """Mistakes that a user can mend, and what their one line calls the values that are allowed."""
 
+from collections.abc import Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -21,4 +22,6 @@ def in_words(hint: Any) -> str:
         int: "a whole number", float: "a number", str: "text", bool: "true or false", list[float]: "numbers",
         list[int]: "numbers such as 4 12", list[str]: "one or more", tuple[int, int]: "[height,width]",
     }  # fmt: skip
-    return words.get(hint, str(hint))
+    if hint not in words and get_origin(hint) in (list, tuple):
+        return f"a list, each of it {in_words(get_args(hint)[0])}"
+    return words.get(hint, "names and values" if get_origin(hint) is Mapping else str(hint))

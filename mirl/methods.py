@@ -240,5 +240,6 @@ def _taps(
             f"taps {list(taps)} do not end at depth {depth}; the deepest decoder reads after the last block"
         )
     if not allowed(len(taps)):
-        raise UserError(f"{len(taps)} segments cannot be paired; choose {'1 or ' if alone else ''}an even number")
+        count = f"{len(taps)} segments" if len(taps) > 1 else "one segment"
+        raise UserError(f"{count} cannot be paired; choose {'1 or ' if alone else ''}an even number")
     return tuple(taps)

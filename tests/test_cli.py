@@ -58,7 +58,10 @@ def one_line(arguments, capfd):
         ({"method": "dino"}, "--method dino is not allowed; give mirl or mae"),
         ({"segments": 3}, "depth 4 does not divide into 3 segments; choose 1, 2, 4 or give --taps"),
         ({"model": "vit_ti_6", "segments": 3}, "3 segments cannot be paired; choose 1 or an even number"),
-        ({"method": "mae", "segments": 2}, "--segments and --taps belong to mirl"),
+        (
+            {"method": "mae", "segments": 2},
+            "mae has one decoder, after its last block; leave out --segments and --taps",
+        ),
         ({"taps": [4, 2]}, "taps.*4, 2"),
         ({"taps": [1, 3]}, "taps .1, 3. do not end at depth 4"),
         ({"patch_size": 7}, r"patches of 7x7 do not tile an image of 32x32; choose --image_size \[35,35\]"),

@@ -105,7 +105,7 @@ def test_uneven_segments_are_given_as_taps():
         (lambda: mirl(12, 4, taps=(6, 12)), "give one of the two"),
         (lambda: mirl(12, 0), "choose 1, 2, 4, 6, 12"),
         (lambda: multi_decoder(12, 5), "choose 1, 2, 3, 4, 6, 12 or"),
-        (lambda: coarse_to_fine(12, 1), "1 segments cannot be paired; choose an even number"),
+        (lambda: coarse_to_fine(12, 1), "one segment cannot be paired; choose an even number"),
         (lambda: explicit_residual(12, 3), "choose an even number"),
         (lambda: truncated_mae(12, 12), "give --taps with one number below 12"),
         (lambda: truncated_mae(12, 0), "give --taps with one number below 12"),

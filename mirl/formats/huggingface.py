@@ -138,8 +138,8 @@ def to_vit_mae(model: Autoencoder, state: Tensors, settings: dict[str, Any]) -> 
     encoder, shape = model.encoder, model.shape
     if model.method.name != "mae" or shape.weight_norm:
         raise UserError(
-            "ViTMAEForPreTraining has one plain decoder after the last block; this model has "
-            f"{len(model.decoders)} of {model.method.name}; give --to huggingface for its encoder"
+            f"ViTMAEForPreTraining holds what --method mae trains, and these weights are of {model.method.name}"
+            f"{' with weight-normalised predictions' if shape.weight_norm else ''}; give --to huggingface"
         )
     grid = grid_size(model.image_size, model.patch_size)
     if grid[0] != grid[1]:

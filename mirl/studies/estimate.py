@@ -48,7 +48,7 @@ def estimate(found: Found, data: str | None = None, runs: Path | None = None) ->
     """Take the times of cells that were finished on this hardware, or, while there are none, what the file expects."""
     study, here = found.study, hardware()["device"]
     spent: dict[Command, list[tuple[float, float]]] = {}
-    timed = [result for result in found.done.values() if result.hardware["device"] == here]
+    timed = [result for result in found.done.values() if result.device == here]
     for result in timed:
         for stage in stages_of(study, result.cell):
             both = result.seconds[stage.command], cost(study, result.cell, stage)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from mirl.analysis.diagnosis_page import COLOURS
 from mirl.studies.definition import Panel
 from mirl.studies.results import Found
-from mirl.studies.table import at, summarise, top1
+from mirl.studies.table import at, summarise
 from mirl.training.checkpoints import atomic
 
 WIDTH, HEIGHT = 5.2, 4.4  # inches of a panel
@@ -38,7 +38,7 @@ def _draw(axes: Any, found: Found, panel: Panel) -> None:
     numbers = {method: number for number, method in enumerate(found.study.methods)}  # the same colour in every panel
     span = max(panel.values) - min(panel.values) or 1
     for row, method in enumerate(panel.methods):
-        by_value = {v: summarise([top1(r) for r in found.of(at(found, panel, method, v))]) for v in panel.values}
+        by_value = {v: summarise([r.top1 for r in found.of(at(found, panel, method, v))]) for v in panel.values}
         known = [(value, summary) for value, summary in by_value.items() if summary]
         if not known:
             continue
@@ -70,7 +70,7 @@ def _draw(axes: Any, found: Found, panel: Panel) -> None:
 
 
 def _caption(found: Found) -> str:
-    tests = sorted({result.images["test"] for result in found.done.values()})
+    tests = sorted({result.tested for result in found.done.values()})
     sentences = [
         "Points: mean over seeds; bars: from the lowest to the highest seed, none with one seed "
         "(what the number of test images leaves open is not in them)."

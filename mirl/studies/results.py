@@ -49,6 +49,30 @@ class Result:
     options: Mapping[str, Any]
     results: Mapping[str, Any]
 
+    def check(self) -> None:
+        """Raise KeyError, TypeError or ValueError if something that tables need is not there."""
+        for name in ("top1", "margin", "tested", "device"):
+            getattr(self, name)
+
+    @property
+    def top1(self) -> float:
+        """The fine-tuned accuracy in %."""
+        return 100 * float(self.results["finetune"]["top1"])
+
+    @property
+    def margin(self) -> float:
+        """Half of its 95 % interval, by the number of test images, in %."""
+        low, high = self.results["finetune"]["interval"]
+        return 50 * float(high - low)
+
+    @property
+    def tested(self) -> int:
+        return int(self.images["test"])
+
+    @property
+    def device(self) -> str:
+        return str(self.hardware["device"])
+
 
 @dataclass(frozen=True)
 class Found:
@@ -87,7 +111,9 @@ def _read(path: Path) -> Result | None:
         return None
     try:
         written = json.loads(path.read_text())
-        return Result(**written | {"cell": Cell(**written["cell"])})
+        result = Result(**written | {"cell": Cell(**written["cell"])})
+        result.check()
+        return result
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}); remove it to run the cell again") from error
 

@@ -29,11 +29,6 @@ def summarise(values: Sequence[float]) -> Summary | None:
     return Summary(mean(values), min(values), max(values), len(values)) if values else None
 
 
-def top1(result: Result) -> float:
-    """Return the fine-tuned accuracy in %."""
-    return 100 * float(result.results["finetune"]["top1"])
-
-
 def at(found: Found, panel: Panel, method: str, value: int) -> list[Cell]:
     """Return the cells of all seeds at `value` of a panel's axis.
 
@@ -67,10 +62,9 @@ def write_table(found: Found) -> str:
 def _about(results: Sequence[Result]) -> str:
     if not results:
         return ""
-    low, high = results[0].results["finetune"]["interval"]
-    tested = results[0].images["test"]
-    devices = ", ".join(sorted({str(result.hardware["device"]) for result in results}))
-    return f" {tested} test images leave about ± {50 * (high - low):.1f} open beside that (95 %). Run on {devices}."
+    margin, tested = max(result.margin for result in results), results[0].tested
+    devices = ", ".join(sorted({result.device for result in results}))
+    return f" {tested} test images leave up to ± {margin:.1f} open beside that (95 %). Run on {devices}."
 
 
 def _panel(found: Found, panel: Panel) -> list[str]:
@@ -82,7 +76,7 @@ def _panel(found: Found, panel: Panel) -> list[str]:
         row = [method]
         for value in panel.values:
             cells = at(found, panel, method, value)
-            summary = summarise([top1(result) for result in found.of(cells)])
+            summary = summarise([result.top1 for result in found.of(cells)])
             other = " (of another definition)" if found.other.intersection(cells) else ""
             row.append((summary.text(len(study.seeds)) if summary else "missing" if cells else "-") + other)
         rows.append(row)

@@ -59,8 +59,9 @@ def begin(run: RunFolder, origin: str) -> None:
     old = RunFolder(Path(origin).expanduser(), resume=True, overwrite=False, writes=False)
     kept = old.checkpoints / checkpoints.UNDECAYED
     step = checkpoints.step_of(kept)
-    checkpoints.copy(kept, checkpoints.checkpoint_path(run.checkpoints, step))
+    run.forget_after(0)  # rows of a start that was killed in here
     for row in old.rows():
         if row["step"] <= step and row["kind"] in KEPT:
             run.record(row)
+    checkpoints.copy(kept, checkpoints.checkpoint_path(run.checkpoints, step))  # last: with it, this is done
     run.say(f"extends {origin} from its step {step}, before its rate decayed")

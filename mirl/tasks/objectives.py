@@ -132,8 +132,9 @@ class FeatureObjective(Objective):
 
     def __init__(self, settings: Resolved, method: Method, teacher: Teacher, average: ModelEmaV3 | None) -> None:
         of = "an average of the encoder" if average else settings.feature
-        about = f"tokens of {of}, growing over {settings.warmup_epochs:.3g} epochs"
-        super().__init__(settings.feature_weight, about, growth=settings.warmup_epochs, average=average)
+        growth = min(settings.warmup_epochs, settings.epochs)  # with the learning rate
+        about = f"tokens of {of}, growing over {growth:.3g} epochs"
+        super().__init__(settings.feature_weight, about, growth=growth, average=average)
         self.teacher, self.terms = teacher, method.terms
         self.precision: Precision = settings.precision
 
@@ -219,7 +220,7 @@ def extra_objectives(
     if settings.feature:
         average = None
         if teacher is None:
-            # timm's average with these two numbers has the decay min(decay, (1 + t) / (10 + t)) after t steps.
+            # timm's average with these two numbers has the decay min(decay, (1 + t) / (10 + t)), t two steps behind.
             average = ModelEmaV3(encoder, use_warmup=True, warmup_gamma=9, warmup_power=1)
             teacher = Teacher(average.module, *channel_statistics(settings.channels))
         found.append(FeatureObjective(settings, method, teacher, average))

@@ -152,7 +152,7 @@ def resumed(given: Run, saved: dict[str, Any]) -> Run:
             changes[field.name] = value
         else:
             raise UserError(
-                f"the run was started with --{field.name} {kept}, and --resume cannot change it to {value}; "
+                f"the run was started with --{field.name} {kept}, and going on cannot change it to {value}; "
                 f"leave it out, or start a new run with another --out"
             )
     return type(given)(**changes)

@@ -35,6 +35,7 @@ from mirl.tasks.run import RunnableTask, carry_out
 from mirl.tasks.settings import Pretraining, Resolved, autoencoder_of, idle_options, resolve
 from mirl.tasks.warm_start import open_start, start_from
 from mirl.training import processes
+from mirl.training.checkpoints import saved_steps
 from mirl.training.monitors import Monitor
 from mirl.training.optimizers import adamw
 from mirl.training.pictures import draw
@@ -81,7 +82,8 @@ def pretrain(**options: Any) -> Path:
         run = RunFolder(
             settings.run_folder, resume=settings.resume, overwrite=settings.overwrite, writes=fabric.is_global_zero
         )
-        if settings.resume_from and not settings.resume:
+        if settings.resume_from and not saved_steps(run.checkpoints):
+            run.write_config(settings.saved())  # killed from here on, it is a run that --resume goes on with
             begin(run, settings.resume_from)
     carry_out(fabric, settings, task, run)
     return run.path

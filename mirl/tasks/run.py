@@ -124,7 +124,8 @@ def _train(fabric: Fabric, settings: ResolvedRun, task: RunnableTask[B], run: Ru
     if not progress.step:
         run.record({"kind": "data", "step": 0, "samples": task.samples})
     if progress.step >= steps:
-        run.say(f"the run is complete ({steps} steps); for a longer one: --resume_from {run.path} --epochs MORE")
+        longer = f"; for a longer one: --resume_from {run.path} --epochs MORE" if task.extensible else ""
+        run.say(f"the run is complete ({steps} steps){longer}")
         return
     if progress.step:
         run.incident(progress.step, "resumed", f"resumed at step {progress.step} of {steps}")

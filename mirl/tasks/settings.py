@@ -61,7 +61,8 @@ class _Pretraining:
     """masked image residual learning, the plain masked autoencoder, or what the paper compares them with
     (docs/methods.md)"""
     segments: int | None = None
-    """segments of the encoder, 1 or even; by default 4 for 24 blocks, 6 for 48 and 54, else 2 (the paper)"""
+    """equal segments of the encoder, for most methods an even number; by default 4 for 24 blocks, 6 for 48 and 54, else
+    2 (the paper)"""
     taps: list[int] | None = None
     """block counts after which decoders read, e.g. [4,12], for segments of unequal length; for truncated_mae the
     blocks that are trained"""
@@ -339,7 +340,8 @@ def method_of(settings: Resolved) -> Method:
     if settings.method in SEGMENTED:
         return SEGMENTED[settings.method](depth, settings.segments, taps=settings.taps, context=settings.context)
     if settings.segments not in (None, 1) or (settings.taps and settings.method == "mae"):
-        raise UserError(f"--segments and --taps belong to mirl; {settings.method} has one decoder after its last block")
+        given = "--segments and --taps" if settings.method == "mae" else "--segments"
+        raise UserError(f"{settings.method} has one decoder, after its last block; leave out {given}")
     if settings.method == "mae":
         return mae(depth)
     blocks = settings.taps or []
@@ -361,6 +363,7 @@ def decoder_shape(settings: Resolved, method: Method) -> DecoderShape:
 def idle_options(settings: Resolved, method: Method) -> list[str]:
     """Say which options were given that nothing reads, and what they would need."""
     readers = {
+        "several segments": (settings.method in SEGMENTED, ("context",)),
         "cross-attention": (method.context != "none", ("did_blocks", "did_memory")),
         "coarse and fine targets": (method.separates, ("separation", "separation_sigma")),
         "--feature": (settings.feature, ("feature_weight",)),

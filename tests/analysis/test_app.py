@@ -339,7 +339,7 @@ def test_the_page_in_a_browser(run, browser, tmp_path):
         port = address.rpartition(":")[2].strip("/")
         second = subprocess.run(
             [COMMAND, "app", run, "--open_browser", "false", "--port", port], env=ENVIRONMENT, text=True,
-            capture_output=True, timeout=60,
+            capture_output=True, timeout=200,
         )  # fmt: skip
         assert second.returncode == 2
         assert second.stderr.splitlines() == [

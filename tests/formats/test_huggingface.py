@@ -279,5 +279,5 @@ def test_other_methods_are_no_vit_mae(tmp_path):
     normed = AutoencoderWeights(weights.settings | {"weight_norm": True}, weights.state)
     model = build_autoencoder(weights)
     model.shape = type(model.shape)(32, 2, 8, weight_norm=True)
-    with pytest.raises(UserError, match="one plain decoder after the last block"):
+    with pytest.raises(UserError, match="these weights are of mae with weight-normalised predictions"):
         huggingface.to_vit_mae(model, normed.state, normed.settings)

@@ -1,6 +1,7 @@
 """A run that is extended equals one that was planned so long from the start."""
 
 import shutil
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -25,8 +26,14 @@ def short(tiny, folder):
     return folder if folder.exists() else mirl.pretrain(**tiny | STEP, out=folder)
 
 
-def test_an_extended_run_equals_one_planned_long(tiny, short, tmp_path):
-    planned = mirl.pretrain(**tiny | STEP | {"epochs": 4}, out=tmp_path / "planned")
+@pytest.fixture
+def planned(tiny, folder):
+    """A run of 4 epochs, planned so long from the start; made once, not to be changed."""
+    path = folder.with_name("planned")
+    return path if path.exists() else mirl.pretrain(**tiny | STEP | {"epochs": 4}, out=path)
+
+
+def test_an_extended_run_equals_one_planned_long(short, planned, tmp_path):
     extended = mirl.pretrain(resume_from=str(short), epochs=4, out=str(tmp_path / "extended"), report=False)
     assert_same_run(extended, planned)
     assert [row["lr"] for row in rows(extended)] == [row["lr"] for row in rows(planned)]
@@ -44,12 +51,23 @@ def test_the_undecayed_state_is_that_of_a_longer_run(tiny, short, tmp_path):
         torch.testing.assert_close(kept[part], planned[part], rtol=0, atol=0)
 
 
-def test_an_extension_can_be_extended_and_be_killed(tiny, short, tmp_path):
-    options = {"resume_from": str(short), "epochs": 4, "out": str(tmp_path / "killed"), "report": False}
+def test_an_extension_can_be_extended_and_be_killed(short, planned, tmp_path):
+    options = {"resume_from": str(short), "epochs": 3, "out": str(tmp_path / "killed"), "report": False}
     interrupted(options, after=14)
     mirl.pretrain(out=options["out"], resume=True)
-    longer = mirl.pretrain(resume_from=options["out"], epochs=6, out=str(tmp_path / "longer"), report=False)
-    assert_same_run(longer, mirl.pretrain(**tiny | STEP | {"epochs": 6}, out=tmp_path / "planned"))
+    longer = mirl.pretrain(resume_from=options["out"], epochs=4, out=str(tmp_path / "longer"), report=False)
+    assert_same_run(longer, planned)
+
+
+def test_an_extension_killed_while_it_takes_over_the_first_run_goes_on(short, tmp_path, monkeypatch):
+    options = {"resume_from": str(short), "epochs": 3, "out": str(tmp_path / "killed"), "report": False}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mirl.training.checkpoints.shutil.copyfile", Mock(side_effect=KeyboardInterrupt))
+        mirl.pretrain(**options)
+    assert rows(tmp_path / "killed") and not saved_steps(tmp_path / "killed" / "checkpoints")
+    extended = mirl.pretrain(out=options["out"], resume=True)
+    assert [row["step"] for row in rows(extended)] == [*range(1, 19)]
+    assert "resumed at step 11 of 18" in (extended / "log.txt").read_text()
 
 
 def test_the_first_run_is_left_alone_and_the_folder_named_after_it(short, tmp_path):
