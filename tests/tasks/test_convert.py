@@ -130,7 +130,7 @@ def test_a_whole_autoencoder_gives_its_encoder(runs, tmp_path, to):
 @pytest.mark.parametrize(
     ("name", "to", "message"),
     [
-        ("mirl", "huggingface_mae", "one plain decoder after the last block; this model has 2 of mirl; give --to hugg"),
+        ("mirl", "huggingface_mae", "holds what --method mae trains, and these weights are of mirl; give --to hugg"),
         ("mean", "huggingface", "reads the class token, and this classifier the mean over patches: open its encoder/"),
         ("mean", "huggingface_mae", "has no decoder; give the run folder of mirl pretrain --method mae"),
         ("cls", "huggingface_mae", "has no decoder; give the run folder of mirl pretrain --method mae"),
