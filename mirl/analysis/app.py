@@ -8,7 +8,7 @@ Symbols: c channels, h and w pixels of the model's image, gh and gw rows and col
 import html
 import os
 import tempfile
-import time
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -104,8 +104,7 @@ def app(
             raise UserError(f"no page can be served at {HOST}:{port or 7860}; choose another --port") from error
         console.print(f"the page is {address} · Ctrl-C ends it", markup=False)
         try:
-            while True:  # a wait without end would miss a Ctrl-C that the system hands to another thread
-                time.sleep(1)
+            threading.Event().wait()
         finally:
             page.close(verbose=False)
 

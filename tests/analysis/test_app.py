@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -221,6 +222,8 @@ def served(run, *arguments):
     process = subprocess.Popen(
         [COMMAND, "app", run, "--open_browser", "false", *arguments], env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        # A shell lets what it starts in the background, tests too, ignore Ctrl-C.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
         printed = ""
