@@ -33,7 +33,7 @@ from mirl.formats.renaming import Names, join
 from mirl.models.autoencoder import Autoencoder
 from mirl.models.encoder import parse_model, timm_arguments
 from mirl.tasks.destinations import DESTINATIONS
-from mirl.tasks.settings import Resolved, autoencoder_of
+from mirl.tasks.settings.pretraining import Resolved, autoencoder_of
 
 SIZES = {"image_size": (224, 224), "patch_size": (16, 16), "channels": 3}
 DECODERS = {"did_blocks": "all", "did_memory": "embedded", "weight_norm": True}

@@ -25,7 +25,7 @@ from torchvision.models import vgg16
 
 from mirl.data.sources import open_source
 from mirl.tasks.pretrain import PretrainTask, split_off_held_out
-from mirl.tasks.settings import Resolved
+from mirl.tasks.settings.pretraining import Resolved
 from mirl.training import processes
 from mirl.training.runs import RunFolder
 from mirl.training.steps import Accumulator

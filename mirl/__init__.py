@@ -24,14 +24,15 @@ if TYPE_CHECKING:
     from mirl.tasks.knn import KNNOptions, knn
     from mirl.tasks.pretrain import pretrain
     from mirl.tasks.probe import ProbeOptions, probe
-    from mirl.tasks.settings import Finetuning, Pretraining
+    from mirl.tasks.settings.finetuning import Finetuning
+    from mirl.tasks.settings.pretraining import Pretraining
     from mirl.tasks.weights import load_autoencoder, load_encoder
 
 _HOMES = {
     "pretrain": "mirl.tasks.pretrain",
-    "Pretraining": "mirl.tasks.settings",
+    "Pretraining": "mirl.tasks.settings.pretraining",
     "finetune": "mirl.tasks.finetune",
-    "Finetuning": "mirl.tasks.settings",
+    "Finetuning": "mirl.tasks.settings.finetuning",
     "evaluate": "mirl.tasks.evaluate",
     "EvaluateOptions": "mirl.tasks.evaluate",
     "probe": "mirl.tasks.probe",

@@ -13,15 +13,8 @@ import yaml
 from mirl.cli import build_parser
 from mirl.models.autoencoder import build_autoencoder
 from mirl.models.encoder import build_encoder, parse_model
-from mirl.tasks.settings import (
-    Finetuning,
-    Pretraining,
-    autoencoder_of,
-    decoder_shape,
-    method_of,
-    resolve,
-    resolve_finetuning,
-)
+from mirl.tasks.settings.finetuning import Finetuning, resolve_finetuning
+from mirl.tasks.settings.pretraining import Pretraining, autoencoder_of, decoder_shape, method_of, resolve
 from mirl.training.optimizers import adamw
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -16,7 +16,7 @@ from mirl.models.autoencoder import Autoencoder
 from mirl.models.encoder import embed_visible, parse_model, run_segments
 from mirl.models.masking import split
 from mirl.models.patches import Size, pair
-from mirl.tasks.settings import Resolved, autoencoder_of, default_patch
+from mirl.tasks.settings.pretraining import Resolved, autoencoder_of, default_patch
 
 LINEAR = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution, torch.ops.aten.convolution_backward}
 

@@ -17,7 +17,7 @@ from mirl.methods import Term
 from mirl.models.masking import split
 from mirl.models.patches import grid_size, pair, patchify
 from mirl.tasks.options import SEED
-from mirl.tasks.settings import Resolved
+from mirl.tasks.settings.pretraining import Resolved
 from mirl.tasks.weights import build_autoencoder, open_autoencoder
 from mirl.training.reconstructions import Reconstruction, compose
 from mirl.training.runs import console

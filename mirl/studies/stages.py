@@ -24,15 +24,8 @@ from mirl.tasks.knn import KNNOptions
 from mirl.tasks.options import FREE, OF_THIS_START, built_in
 from mirl.tasks.pretrain import split_off_held_out
 from mirl.tasks.probe import ProbeOptions
-from mirl.tasks.settings import (
-    Finetuning,
-    Pretraining,
-    Resolved,
-    decoder_shape,
-    method_of,
-    resolve,
-    resolve_finetuning,
-)
+from mirl.tasks.settings.finetuning import Finetuning, resolve_finetuning
+from mirl.tasks.settings.pretraining import Pretraining, Resolved, decoder_shape, method_of, resolve
 
 Command = Literal["pretrain", "finetune", "probe", "knn", "diagnose"]
 OPTIONS: dict[Command, type] = {

@@ -24,7 +24,7 @@ from mirl.models.masking import split
 from mirl.models.weights import AutoencoderWeights, Weights
 from mirl.tasks.card import model_card, run_of
 from mirl.tasks.destinations import DESTINATIONS, Outputs, mask_noise, model_of, outputs, returns_of
-from mirl.tasks.settings import Resolved, autoencoder_of
+from mirl.tasks.settings.pretraining import Resolved, autoencoder_of
 from mirl.tasks.weights import PADDLE, PYTORCH, build_autoencoder, encoder_of, load_pytorch, open_checkpoint
 from mirl.training.runs import console
 

@@ -13,7 +13,7 @@ from mirl.models.patches import Size
 from mirl.models.weights import Weights
 from mirl.tasks.card import model_card
 from mirl.tasks.options import ResolvedRun
-from mirl.tasks.settings import Resolved
+from mirl.tasks.settings.pretraining import Resolved
 from mirl.training.checkpoints import atomic, save_tensors
 from mirl.training.runs import RunFolder
 

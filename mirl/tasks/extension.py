@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mirl.errors import UserError
 from mirl.tasks.options import resumed
-from mirl.tasks.settings import Pretraining
+from mirl.tasks.settings.pretraining import Pretraining
 from mirl.training import checkpoints
 from mirl.training.runs import RunFolder, read_config
 

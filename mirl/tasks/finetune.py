@@ -23,7 +23,7 @@ from mirl.tasks.accuracy import Accuracy, accuracy, predict, write_json
 from mirl.tasks.export import export_classifier, how_to_classify
 from mirl.tasks.options import ResolvedRun, resumed
 from mirl.tasks.run import RunnableTask, carry_out
-from mirl.tasks.settings import Finetuning, ResolvedFinetuning, resolve_finetuning
+from mirl.tasks.settings.finetuning import Finetuning, ResolvedFinetuning, resolve_finetuning
 from mirl.tasks.weights import Weights, open_weights
 from mirl.training import processes
 from mirl.training.monitors import Monitor

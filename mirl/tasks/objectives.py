@@ -23,7 +23,7 @@ from mirl.models.patches import gather, grid_size
 from mirl.objectives.features import feature_loss
 from mirl.objectives.perceptual import open_vgg, perceptual_loss
 from mirl.tasks.options import Precision
-from mirl.tasks.settings import Resolved
+from mirl.tasks.settings.pretraining import Resolved
 from mirl.tasks.weights import open_weights
 
 # The decay of the teacher's average by epochs, in between linear: BootMAE's, which the official code keeps.

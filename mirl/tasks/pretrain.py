@@ -32,7 +32,7 @@ from mirl.tasks.extension import begin, extended
 from mirl.tasks.objectives import Seen, extra_objectives, feature_values, open_teacher
 from mirl.tasks.options import ResolvedRun, built_in, resumed
 from mirl.tasks.run import RunnableTask, carry_out
-from mirl.tasks.settings import Pretraining, Resolved, autoencoder_of, idle_options, resolve
+from mirl.tasks.settings.pretraining import Pretraining, Resolved, autoencoder_of, idle_options, resolve
 from mirl.tasks.warm_start import open_start, start_from
 from mirl.training import processes
 from mirl.training.checkpoints import saved_steps

@@ -5,7 +5,7 @@ from mirl.errors import UserError
 from mirl.models.autoencoder import Autoencoder, without_features
 from mirl.models.patches import grid_size
 from mirl.models.weights import AutoencoderWeights, Weights
-from mirl.tasks.settings import Pretraining
+from mirl.tasks.settings.pretraining import Pretraining
 from mirl.tasks.weights import encoder_of, open_checkpoint
 from mirl.training.checkpoints import saved_steps
 

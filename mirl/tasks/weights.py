@@ -25,7 +25,7 @@ from mirl.models.autoencoder import Autoencoder, without_features
 from mirl.models.encoder import ARCHITECTURE, check_sizes, parse_model, timm_arguments
 from mirl.models.patches import Size, pair
 from mirl.models.weights import AutoencoderWeights, State, Weights, depth_of
-from mirl.tasks.settings import Resolved, autoencoder_of
+from mirl.tasks.settings.pretraining import Resolved, autoencoder_of
 from mirl.training.checkpoints import load_newest
 from mirl.training.runs import read_config
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mirl.analysis.cost import info, step_cost
-from mirl.tasks.settings import Resolved, autoencoder_of
+from mirl.tasks.settings.pretraining import Resolved, autoencoder_of
 
 # model: millions of parameters, G multiply-adds, both truncated as the paper prints them
 PAPER = {"vit_b_12": (86, 16.8), "vit_s_54": (96, 18.8), "vit_b_24": (171, 33.5), "vit_b_48": (341, 67.0)}

@@ -7,7 +7,7 @@ from PIL import Image
 from mirl.data.sources import open_source
 from mirl.tasks.export import export
 from mirl.tasks.pretrain import PretrainTask, split_off_held_out
-from mirl.tasks.settings import Pretraining, resolve
+from mirl.tasks.settings.pretraining import Pretraining, resolve
 from mirl.training.runs import RunFolder
 
 OPTIONS = {

@@ -12,7 +12,7 @@ from mirl.cli import _spell_out, build_parser
 from mirl.studies.definition import Cell, read_study
 from mirl.studies.results import find_results
 from mirl.studies.stages import encoder_folder, fingerprint_of, pretraining_of, stages_of
-from mirl.tasks.settings import autoencoder_of
+from mirl.tasks.settings.pretraining import autoencoder_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STUDIES = sorted((REPOSITORY / "studies").glob("*.yaml"))

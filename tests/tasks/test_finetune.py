@@ -24,7 +24,7 @@ from mirl.data.shapes import Shapes
 from mirl.errors import UserError
 from mirl.tasks.convert import convert
 from mirl.tasks.export import export_classifier
-from mirl.tasks.settings import Finetuning, resolve_finetuning
+from mirl.tasks.settings.finetuning import Finetuning, resolve_finetuning
 from mirl.tasks.weights import Weights, open_weights
 from mirl.training.checkpoints import checkpoint_path, saved_steps
 from mirl.training.runs import RunFolder

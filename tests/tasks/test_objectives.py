@@ -20,7 +20,7 @@ from mirl.objectives.frequency import coarse_part
 from mirl.objectives.pixels import patch_statistics
 from mirl.tasks.objectives import Seen
 from mirl.tasks.pretrain import PretrainTask, split_off_held_out
-from mirl.tasks.settings import Resolved, autoencoder_of
+from mirl.tasks.settings.pretraining import Resolved, autoencoder_of
 from mirl.tasks.weights import load_autoencoder, open_weights
 
 SMALL = {

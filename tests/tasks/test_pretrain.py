@@ -22,7 +22,7 @@ from mirl.errors import UserError
 from mirl.models.patches import gather, patchify
 from mirl.objectives.pixels import pixel_target, reconstruction_loss
 from mirl.tasks.pretrain import PretrainTask, split_off_held_out
-from mirl.tasks.settings import Pretraining, Resolved, autoencoder_of, resolve
+from mirl.tasks.settings.pretraining import Pretraining, Resolved, autoencoder_of, resolve
 from mirl.training.reconstructions import compose, panels
 
 

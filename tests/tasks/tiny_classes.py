@@ -13,7 +13,7 @@ from mirl.data.labels import open_split
 from mirl.data.transforms import channel_statistics
 from mirl.models.encoder import ARCHITECTURE, timm_arguments
 from mirl.tasks.finetune import FinetuneTask
-from mirl.tasks.settings import Finetuning, resolve_finetuning
+from mirl.tasks.settings.finetuning import Finetuning, resolve_finetuning
 from mirl.tasks.weights import Weights, open_weights
 
 PATTERNS = {

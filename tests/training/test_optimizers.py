@@ -6,7 +6,7 @@ import torch
 
 from mirl.models.encoder import ARCHITECTURE, build_encoder, timm_arguments
 from mirl.tasks.finetune import build_classifier
-from mirl.tasks.settings import ResolvedFinetuning
+from mirl.tasks.settings.finetuning import ResolvedFinetuning
 from mirl.tasks.weights import Weights
 from mirl.training.optimizers import adamw
 
