@@ -96,7 +96,7 @@ class FinetuneTask(RunnableTask[Batch]):
     ) -> None:
         self.settings, self.weights, self.classes = settings, weights, train.classes
         self.train, self.val = train, val
-        self.samples = len(train) + len(val)
+        self.samples, self.about = len(train) + len(val), {"classes": list(train.classes)}
         check_sizes(settings.image_size, settings.patch_size)
         if settings.reinit_last > settings.depth:
             raise UserError(f"--reinit_last {settings.reinit_last} is more than the {settings.depth} blocks")

@@ -10,14 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from mirl.data.loading import B
 from mirl.errors import UserError
 from mirl.training import checkpoints
 from mirl.training.monitors import Monitor
 from mirl.training.pictures import draw_curves, draw_gradients
-from mirl.training.processes import Fabric, Interrupted, as_one, from_all, over_processes, stop_signals
+from mirl.training.processes import Fabric, Interrupted, as_one, from_all, stop_signals
 from mirl.training.runs import RunFolder
 from mirl.training.steps import Accumulator, Task
 
@@ -77,6 +76,7 @@ def save(
                 **{name: follower.state_dict() for name, follower in task.followers.items()},
                 "optimizer": optimizer.state_dict(),
                 "precision": fabric.strategy.precision.state_dict(),
+                "about": task.about,
                 "skipped": progress.skipped,
                 "bad": progress.bad,
                 "samples": samples,
@@ -88,8 +88,8 @@ def restore(fabric: Fabric, run: RunFolder, task: Task[B], optimizer: torch.opti
     """Load the newest readable checkpoint into the task's model and optimizer; without one, start at step 0.
 
     Raises:
-        UserError: if the checkpoint is of another model, or the data have grown or shrunk since: order and held-out
-            images are functions of their number.
+        UserError: if the checkpoint is of another model, the data have grown or shrunk since (order and held-out
+            images are functions of their number), or their classes have changed.
     """
     with as_one(fabric):
         state = checkpoints.load_newest(run.checkpoints, run.say)
@@ -101,6 +101,12 @@ def restore(fabric: Fabric, run: RunFolder, task: Task[B], optimizer: torch.opti
                 f"the run began with {state['samples']} images and the data now have {samples}; "
                 "restore them, or start a new run with another --out"
             )
+        for name, known in state.get("about", {}).items():
+            if task.about.get(name) != known:
+                raise UserError(
+                    f"the {name} of the data are not those that the run began with; restore them, or start a new run "
+                    "with another --out"
+                )
         try:
             task.model.load_state_dict(state["model"])
             for name, follower in task.followers.items():
@@ -241,38 +247,33 @@ def evaluate(
     fabric: Fabric, task: Task[B], held_out: Iterable[B], run: RunFolder, monitor: Monitor, progress: Progress,
     plan: Plan,
 ) -> dict[str, float]:  # fmt: skip
-    """Average the task's values over held-out images (all processes'), record them and let the task draw.
+    """Let the task evaluate its model on held-out images, record what it finds, and let it draw.
 
     It takes the module itself, not the distributed wrapper, whose forward would wait for other processes; and, where
     there are averaged weights, these too, whose values are named `average_...`.
     """
     models = {"": task.model} | ({"average_": task.average.module} if task.average else {})
-    for model in models.values():
-        model.eval()
-    sums: dict[str, Tensor] = {}
-    count = torch.zeros((), device=fabric.device)
+    evaluations = {prefix: task.evaluation(fabric, model.eval()) for prefix, model in models.items()}
     epoch = task.epoch = progress.step / plan.steps_per_epoch
     for batch in held_out:
         report_bad(run, progress, batch.bad)
         if not len(batch):
             continue
         on_device = batch.to(fabric.device)
-        for prefix, model in models.items():
+        for evaluation in evaluations.values():
             with fabric.autocast():
-                values = task.loss(model, on_device)
-            for name, value in values.items():
-                sums[prefix + name] = sums.get(prefix + name, 0) + value.sum()
-        count += len(batch)
+                evaluation.add(on_device)
     with as_one(fabric):  # only the first process writes a log, and each reads other files
         report_bad(run, progress, (file for bad in from_all(fabric, progress.bad) for file in bad.items()))
         check_budget(plan, progress)
-    totals = over_processes(fabric, torch.stack([*sums.values(), count]), "sum")
-    means = dict(zip(sums, (totals[:-1] / totals[-1]).tolist(), strict=True))
-    run.record({"kind": "held_out", "step": progress.step, "epoch": epoch, **means})
-    monitor.scalars("held_out", means, progress.step)
-    parts = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in means.items() if name != "loss")
+    found = {prefix + name: value for prefix, part in evaluations.items() for name, value in part.values().items()}
+    run.record({"kind": "held_out", "step": progress.step, "epoch": epoch, **found})
+    monitor.scalars("held_out", found, progress.step)
+    shown = [prefix + name for prefix, part in evaluations.items() for name in part.headline or ()] or list(found)
+    first, *parts = (f"{name.replace('_', ' ')} {found[name]:.4f}" for name in sorted(shown, key="loss".__ne__))
+    others = f" ({', '.join(parts)})" if parts else ""
     left = f" · {time_left}" if (time_left := monitor.time_left()) else ""
-    run.say(f"epoch {epoch:g} · held-out loss {means['loss']:.4f}{f' ({parts})' if parts else ''}{left}")
+    run.say(f"epoch {epoch:g} · held-out {first}{others}{left}")
     if fabric.is_global_zero:
         task.draw(run, monitor, progress.step, epoch)
         rows = run.rows()
@@ -281,4 +282,4 @@ def evaluate(
             draw_gradients(rows, run.pictures / "gradients.png")
     fabric.barrier()
     task.model.train()
-    return means
+    return found

@@ -8,8 +8,9 @@ DECAYS = (0.9, 0.95)  # shares of the length after which `step` decays by 10, an
 
 
 def learning_rate(
-    done: float, length: float, *, peak: float, warmup: float, schedule: Schedule, least: float = 0.0
-) -> float:
+    done: float, length: float, *, peak: float, warmup: float, schedule: Schedule, least: float = 0.0,
+    decays: tuple[float, float] = DECAYS,
+) -> float:  # fmt: skip
     """Return the rate when `done` of `length` is trained.
 
     A `step` schedule's rates up to its first decay do not depend on the length, not even in the last bit: a run can be
@@ -18,6 +19,7 @@ def learning_rate(
     Args:
         done, length, warmup: in one unit, epochs or steps.
         peak: the rate after warm-up; least: where `cosine` ends.
+        decays: shares of the length after which `step` decays.
 
     Paper: Sec. 4.2, training schedules: `step` decays by 10 at 90 % and again at 95 % of the length.
     """
@@ -25,7 +27,7 @@ def learning_rate(
         return peak * done / warmup
     if schedule == "cosine":
         return least + (peak - least) * 0.5 * (1 + math.cos(math.pi * (done - warmup) / (length - warmup)))
-    first, second = DECAYS
+    first, second = decays
     return peak * (1.0 if done < first * length else 0.1 if done < second * length else 0.01)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mirl.data.loading import B, seeded
 from mirl.errors import UserError
+from mirl.training.evaluation import Evaluation, Means
 from mirl.training.monitors import Monitor
 from mirl.training.processes import Fabric, as_one, over_processes
 from mirl.training.runs import RunFolder
@@ -26,11 +27,13 @@ class Task(ABC, Generic[B]):
         model: the module.
         average: a running average of its weights, evaluated beside it, or None.
         epoch: how far the run has come, in passes over the data; the loop sets it before each step and evaluation.
+        about: what checkpoints say beside tensors, such as names of classes; a resumed run must find it unchanged.
     """
 
     model: nn.Module
     average: ModelEmaV3 | None = None
     epoch: float = 0.0
+    about: dict[str, Any] = {}  # noqa: RUF012
 
     @property
     def followers(self) -> dict[str, nn.Module]:
@@ -59,6 +62,10 @@ class Task(ABC, Generic[B]):
     @abstractmethod
     def loss(self, model: nn.Module, batch: B) -> dict[str, Tensor]:
         """Return per-image values [b]: `loss`, which is minimised, and whatever else should be recorded."""
+
+    def evaluation(self, fabric: Fabric, model: nn.Module) -> Evaluation[B]:
+        """Begin an evaluation of `model`, which is in evaluation mode: by default the means of the loss's values."""
+        return Means(fabric, lambda batch: self.loss(model, batch))
 
     def draw(self, run: RunFolder, monitor: Monitor, step: int, epoch: float) -> None:
         """Write pictures after an evaluation; called in the first process only."""

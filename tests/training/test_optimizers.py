@@ -96,3 +96,18 @@ def test_a_step_is_as_long_as_its_scale():
     for name, parameter in model.named_parameters():
         expected = torch.full_like(parameter, 1e-2 * 0.5 ** (4 - layer_of(name, 3)))
         torch.testing.assert_close(before[name] - parameter, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 12])
+def test_an_encoder_inside_a_model_stands_below_its_head(depth):
+    encoder = weights().build(depth=depth, global_pool="", final_norm=False)
+    model = torch.nn.ModuleDict({"encoder": encoder, "head": torch.nn.Linear(48, 7)})
+    groups = adamw(model, **OPTIONS, layer_decay=0.7, encoder=encoder).param_groups
+    of = {id(p): group for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(of) == len(list(model.parameters()))
+    for name, parameter in encoder.named_parameters():
+        scale = of[id(parameter)]["lr_scale"]
+        assert scale == pytest.approx(0.7 ** (depth + 1 - layer_of(name, depth)), rel=1e-12), name
+    assert "lr_scale" not in of[id(model["head"].weight)]
+    assert of[id(model["head"].weight)]["weight_decay"] == 0.05
+    assert of[id(model["head"].bias)]["weight_decay"] == 0.0
