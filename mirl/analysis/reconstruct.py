@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mirl.analysis.reconstructor import Reconstructor
 from mirl.data.decode import BadImage, read_image
-from mirl.data.sources import LIST_SUFFIXES, ImageFiles, PathList, Source, open_source
+from mirl.data.sources import LIST_SUFFIXES, ImageFiles, PackedStrings, Source, open_source
 from mirl.data.transforms import fixed_view
 from mirl.errors import UserError
 from mirl.methods import Term
@@ -159,7 +159,7 @@ def _chosen(images: Sequence[str], channels: int) -> list[tuple[Source, int]]:
     for given in images:
         path = Path(given).expanduser()
         one = path.is_file() and path.suffix.lower() not in LIST_SUFFIXES
-        source = ImageFiles("", PathList([str(path)]), channels) if one else open_source(given, channels=channels)
+        source = ImageFiles("", PackedStrings([str(path)]), channels) if one else open_source(given, channels=channels)
         found += [(source, index) for index in range(len(source))]
     return found
 

@@ -46,8 +46,7 @@ class Batch:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """Apply `change` to every tensor."""
-        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in self._tensors()}
-        return replace(self, **changed)
+        return self._changed(change)
 
     def to(self, device: torch.device) -> Self:
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -57,11 +56,25 @@ class Batch:
 
     def pieces(self, size: int) -> list[Self]:
         """Cut into batches of at most `size` images."""
-        return [self.map(lambda tensor: tensor[slice(i, i + size)]) for i in range(0, len(self), size)]  # noqa: B023
+        return [self.part(slice(i, i + size)) for i in range(0, len(self), size)]
+
+    def part(self, images: slice) -> Self:
+        """Return the batch of these images."""
+        return self._changed(lambda tensor: tensor[images])
+
+    @classmethod
+    def joined(cls, batches: Sequence[Self]) -> Self:
+        """Return one batch of all images of `batches`; `bad` is the first's."""
+        tensors: dict[str, Any] = {name: torch.cat([getattr(b, name) for b in batches]) for name in cls._tensors()}
+        return replace(batches[0], **tensors)
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Self:
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in self._tensors()}
+        return replace(self, **changed)
 
     @classmethod
     def _tensors(cls) -> list[str]:
-        return [field.name for field in fields(cls) if field.name != "bad"]
+        return [field.name for field in fields(cls) if field.type is Tensor]
 
 
 B = TypeVar("B", bound=Batch)
@@ -118,7 +131,7 @@ class Views(Dataset[Batch]):
         self,
         source: Source,
         members: np.ndarray,
-        view: Callable[[Tensor], Tensor],
+        view: Callable[..., Any],
         *,
         smallest: Size = (1, 1),
         key: tuple[int, ...] = (),
@@ -132,31 +145,35 @@ class Views(Dataset[Batch]):
 
     def __getitem__(self, key: Key) -> Batch:
         epoch, index = key
-        image, member, bad = self._read(index)
-        if image is None:
+        sample, member, bad = self._read(index)
+        if sample is None:
             return Batch(images=torch.empty(0, 0, 0, 0), indices=torch.empty(0), bad=bad)
         with seeded(*self.key, epoch, index):
-            return replace(self._batch(image, member), bad=bad)
+            return replace(self._batch(sample, member), bad=bad)
 
-    def _batch(self, image: Tensor, member: int) -> Batch:
-        """Make a batch of one image, uint8 [c, h, w]."""
-        return Batch(images=self.view(image)[None], indices=torch.tensor([member]))
+    def _batch(self, sample: Any, member: int) -> Batch:
+        """Make a batch of what `_open` returned."""
+        return Batch(images=self.view(sample)[None], indices=torch.tensor([member]))
 
-    def _read(self, index: int) -> tuple[Tensor | None, int, tuple[tuple[str, str], ...]]:
-        """Return the image, its index in the source, and the unusable files that it stands in for."""
+    def _open(self, member: int) -> Any:
+        """Return image `member` of the source, uint8 [c, h, w], and what else its batch needs, or raise BadImage."""
+        return self._checked(self.source.read(member))
+
+    def _checked(self, image: Tensor) -> Tensor:
+        height, width = image.shape[-2:]
+        if height < self.smallest[0] or width < self.smallest[1]:
+            raise BadImage(f"is {height}x{width} px, smaller than a patch ({self.smallest[0]}x{self.smallest[1]})")
+        return image
+
+    def _read(self, index: int) -> tuple[Any, int, tuple[tuple[str, str], ...]]:
+        """Return what `_open` does or None, the index in the source, and the unusable files that it stands in for."""
         bad: list[tuple[str, str]] = []
         for shift in range(min(MAX_CONSECUTIVE_BAD, len(self)) if self.substitute else 1):
             # Neighbours first, then ever farther: a whole broken folder must not stop the run.
             offset = shift if shift < 10 else shift * shift
             member = int(self.members[(index + offset) % len(self)])
             try:
-                image = self.source.read(member)
-                height, width = image.shape[-2:]
-                if height < self.smallest[0] or width < self.smallest[1]:
-                    raise BadImage(
-                        f"is {height}x{width} px, smaller than a patch ({self.smallest[0]}x{self.smallest[1]})"
-                    )
-                return image, member, tuple(bad)
+                return self._open(member), member, tuple(bad)
             except BadImage as error:
                 bad.append((self.source.name_of(member), error.reason))
         if not self.substitute:
@@ -197,8 +214,7 @@ class LabelledImages(Views):
 def collate(samples: Sequence[B]) -> B:
     """Join samples of one image, or of none, to a batch."""
     read = [sample for sample in samples if len(sample)] or samples[:1]
-    tensors = {name: torch.cat([getattr(sample, name) for sample in read]) for name in read[0]._tensors()}
-    return replace(read[0], **tensors, bad=tuple(bad for sample in samples for bad in sample.bad))
+    return replace(read[0].joined(read), bad=tuple(bad for sample in samples for bad in sample.bad))
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:

@@ -54,16 +54,16 @@ class Source(Protocol):
         ...
 
 
-class PathList:
-    """Paths in one block of bytes: millions cost little more than their letters and travel to a worker at once."""
+class PackedStrings:
+    """Strings in one block of bytes: millions cost little more than their letters and travel to a worker at once."""
 
-    def __init__(self, paths: Iterable[str] = ()):
+    def __init__(self, strings: Iterable[str] = ()):
         self._letters, self._ends = bytearray(), array("q")
-        for path in paths:
-            self.append(path)
+        for string in strings:
+            self.append(string)
 
-    def append(self, path: str) -> None:
-        self._letters += os.fsencode(path)
+    def append(self, string: str) -> None:
+        self._letters += os.fsencode(string)
         self._ends.append(len(self._letters))
 
     def __len__(self) -> int:
@@ -71,7 +71,7 @@ class PathList:
 
     def __getitem__(self, index: int) -> str:
         if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is out of range; there are {len(self)} paths")
+            raise IndexError(f"index {index} is out of range; there are {len(self)} strings")
         start = self._ends[index - 1] if index else 0
         return os.fsdecode(bytes(self._letters[start : self._ends[index]]))
 
@@ -87,7 +87,9 @@ class ImageFiles:
         unreadable: folders that could not be listed.
     """
 
-    def __init__(self, root: str, paths: PathList, channels: int, *, ignored: int = 0, unreadable: Iterable[str] = ()):
+    def __init__(
+        self, root: str, paths: PackedStrings, channels: int, *, ignored: int = 0, unreadable: Iterable[str] = ()
+    ):
         self.root, self.paths, self.channels = root, paths, channels
         self.ignored, self.unreadable = ignored, list(unreadable)
 
@@ -176,7 +178,7 @@ def _open_shapes(text: str, channels: int) -> Source:
 def _open_folder(folder: str, channels: int) -> ImageFiles:
     """Find all images below a folder, sorted by relative path, without a system call for each file."""
     suffixes = image_suffixes(channels)
-    paths, ignored, unreadable = PathList(), 0, []
+    paths, ignored, unreadable = PackedStrings(), 0, []
     visited: set[tuple[int, int]] = set()
     # Relative paths; a folder's ends in "/", which makes this walk's order that of the full paths ("a-b/x" < "a/x").
     waiting = [""]
@@ -217,7 +219,7 @@ def _open_folder(folder: str, channels: int) -> ImageFiles:
 def _open_glob(pattern: str, channels: int) -> ImageFiles:
     suffixes = image_suffixes(channels)
     matches = sorted(glob.iglob(pattern, recursive=True), key=lambda path: Path(path).as_posix())
-    paths = PathList(path for path in matches if _suffix(path) in suffixes and "__MACOSX" not in Path(path).parts)
+    paths = PackedStrings(path for path in matches if _suffix(path) in suffixes and "__MACOSX" not in Path(path).parts)
     if not paths:
         raise UserError(f"{pattern!r} matches no images, but {len(matches)} others; {_allowed_suffixes(channels)}")
     return ImageFiles("", paths, channels, ignored=len(matches) - len(paths))
@@ -232,7 +234,7 @@ def _open_list(path: str, channels: int) -> ImageFiles:
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
             stripped = (line.strip() for line in lines)
-            paths = PathList(line for line in stripped if line and not line.startswith("#"))
+            paths = PackedStrings(line for line in stripped if line and not line.startswith("#"))
     except OSError as error:
         raise UserError(f"{path!r} cannot be read: {error.strerror}; give a list file that can") from error
     if not paths:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mirl.data import sources
 from mirl.data.decode import BadImage
-from mirl.data.sources import ImageFiles, PathList, open_source
+from mirl.data.sources import ImageFiles, PackedStrings, open_source
 from mirl.errors import UserError
 
 
@@ -175,7 +175,7 @@ def test_home_is_expanded(photos, monkeypatch):
 
 def test_path_list_is_small_to_send():
     paths = [f"n{index % 1000:08}/image_{index}.jpg" for index in range(20_000)]
-    packed = PathList(paths)
+    packed = PackedStrings(paths)
     assert list(packed) == paths
     sent = pickle.dumps(packed)
     assert list(pickle.loads(sent)) == paths
