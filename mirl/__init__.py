@@ -18,12 +18,15 @@ if TYPE_CHECKING:
     from mirl.reports.page import report
     from mirl.studies.study import study
     from mirl.tasks.convert import Conversion, convert
+    from mirl.tasks.detect import detect
+    from mirl.tasks.detector import load_detector
     from mirl.tasks.embed import EmbedOptions, embed
     from mirl.tasks.evaluate import EvaluateOptions, evaluate
     from mirl.tasks.finetune import finetune
     from mirl.tasks.knn import KNNOptions, knn
     from mirl.tasks.pretrain import pretrain
     from mirl.tasks.probe import ProbeOptions, probe
+    from mirl.tasks.settings.detection import Detection
     from mirl.tasks.settings.finetuning import Finetuning
     from mirl.tasks.settings.pretraining import Pretraining
     from mirl.tasks.weights import load_autoencoder, load_encoder
@@ -33,6 +36,9 @@ _HOMES = {
     "Pretraining": "mirl.tasks.settings.pretraining",
     "finetune": "mirl.tasks.finetune",
     "Finetuning": "mirl.tasks.settings.finetuning",
+    "detect": "mirl.tasks.detect",
+    "Detection": "mirl.tasks.settings.detection",
+    "load_detector": "mirl.tasks.detector",
     "evaluate": "mirl.tasks.evaluate",
     "EvaluateOptions": "mirl.tasks.evaluate",
     "probe": "mirl.tasks.probe",
@@ -55,10 +61,10 @@ _HOMES = {
     "study": "mirl.studies.study",
     "UserError": "mirl.errors",
 }
-__all__ = ["Conversion", "DiagnoseOptions", "EmbedOptions", "EvaluateOptions", "Finetuning", "KNNOptions",
-           "Pretraining", "ProbeOptions", "Reconstructor", "UserError", "__version__", "app", "convert",
-           "diagnose", "embed", "evaluate", "finetune", "info", "knn", "load_autoencoder",
-           "load_encoder", "pretrain", "probe", "reconstruct", "report", "study"]  # fmt: skip
+__all__ = ["Conversion", "Detection", "DiagnoseOptions", "EmbedOptions", "EvaluateOptions", "Finetuning",
+           "KNNOptions", "Pretraining", "ProbeOptions", "Reconstructor", "UserError", "__version__", "app",
+           "convert", "detect", "diagnose", "embed", "evaluate", "finetune", "info", "knn", "load_autoencoder",
+           "load_detector", "load_encoder", "pretrain", "probe", "reconstruct", "report", "study"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,8 @@ from mirl.errors import UserError, in_words
 COMMANDS = {
     "pretrain": ("mirl.tasks.pretrain:pretrain", "pre-train an encoder on a folder of images"),
     "finetune": ("mirl.tasks.finetune:finetune", "train a classifier from an encoder"),
-    "evaluate": ("mirl.tasks.evaluate:evaluate", "judge a fine-tuned run on other images"),
+    "detect": ("mirl.tasks.detect:detect", "train a detector (boxes and masks) from an encoder, or use one"),
+    "evaluate": ("mirl.tasks.evaluate:evaluate", "judge a fine-tuned run or a detector on other images"),
     "probe": ("mirl.tasks.probe:probe", "linear classifier on frozen features"),
     "knn": ("mirl.tasks.knn:knn", "nearest neighbours on frozen features"),
     "embed": ("mirl.tasks.embed:embed", "write features of a folder of images"),
@@ -101,12 +102,15 @@ def _spell_out(parser: Any, arguments: Sequence[str]) -> list[str]:
     many = next((hint for name, hint in hints.items() if not name.startswith("-") and _is_list(hint)), None)
     result: list[str] = []
     loose: list[str] = []  # values of the one positional parameter that takes several
+    required = any(not name.startswith("-") for name in hints)
     waiting = list(arguments)
     while waiting:
         argument = waiting.pop(0)
         name, equals, value = argument.partition("=")
         if not argument.startswith("-"):
-            (loose if many else result).append(argument)
+            # A run that a command can do without is no positional parameter, but is given like one.
+            given = argument if required or "--run" not in hints else f"--run={argument}"
+            (loose if many else result).append(given)
         elif _is_list(hints.get(name)):
             values = [value] if equals else []
             while not equals and waiting and not waiting[0].startswith("--"):

@@ -61,6 +61,11 @@ def test_imports_point_one_way(module):
         }
 
 
+def test_torchvisions_detectors_are_behind_the_heads():
+    users = {module for module, path in MODULES.items() if any("models.detection" in name for name in imports(path))}
+    assert users == {"mirl.heads.mask_rcnn", "mirl.heads.regions"}
+
+
 @pytest.mark.parametrize("package", DOORS)
 def test_a_third_party_has_one_door(package):
     users = {module for module, path in MODULES.items() if any(package in name for name in imports(path))}

@@ -6,7 +6,7 @@ Both keep what builds the model beside the graph, so that the weights can be rea
 import json
 import math
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ Tensors = dict[str, Tensor]
 Run = Callable[[Tensor], Tensor]
 
 
-def write_onnx(model: nn.Module, path: Path, example: Tensor, output: str, about: dict[str, Any]) -> str:
-    """Write `model` as ONNX, input `images` [batch, c, h, w], one `output`; return the opset in words.
+def write_onnx(model: nn.Module, path: Path, example: Tensor, outputs: Sequence[str], about: dict[str, Any]) -> str:
+    """Write `model` as ONNX, input `images` [batch, c, h, w], with the names of its outputs; return the opset in words.
 
     Tensors of more than 2 GiB in all go to a file beside it, PATH.data.
     """
@@ -33,8 +33,8 @@ def write_onnx(model: nn.Module, path: Path, example: Tensor, output: str, about
     batch = torch.export.Dim("batch")
     # Unoptimised, so that the weights keep names and shapes; onnxruntime optimises what it loads.
     program = torch.onnx.export(
-        model, (example,), dynamo=True, dynamic_shapes=({0: batch},), input_names=["images"], output_names=[output],
-        opset_version=OPSET, optimize=False, verbose=False,
+        model, (example,), dynamo=True, dynamic_shapes=({0: batch},), input_names=["images"],
+        output_names=list(outputs), opset_version=OPSET, optimize=False, verbose=False,
     )  # fmt: skip
     assert program is not None
     program.model.metadata_props[METADATA] = json.dumps(about)

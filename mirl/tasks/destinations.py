@@ -87,7 +87,7 @@ def _write_safetensors(weights: Weights | AutoencoderWeights, _: nn.Module, path
 
 def _write_onnx(weights: Weights | AutoencoderWeights, model: nn.Module, path: Path, example: Tensor, _: str) -> None:
     output = "scores" if isinstance(weights, Weights) and weights.classes else "features"
-    graphs.write_onnx(model, path, example, output, about(weights))
+    graphs.write_onnx(model, path, example, [output], about(weights))
 
 
 def _write_exported(

@@ -1,4 +1,7 @@
-"""`mirl evaluate`: how good a fine-tuned classifier is on other images, where it errs, and whether it knows."""
+"""`mirl evaluate`: how good a fine-tuned classifier is on other images, where it errs, and whether it knows.
+
+Of a detector: its average precision.
+"""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,6 +23,9 @@ from mirl.data.sources import Source
 from mirl.data.transforms import evaluation_view
 from mirl.errors import UserError
 from mirl.tasks.accuracy import Accuracy, Predictions, accuracy, predict, write_json
+from mirl.tasks.average_precision import AveragePrecision
+from mirl.tasks.detection_scores import evaluate_detector
+from mirl.tasks.detector import holds_detector
 from mirl.tasks.options import COUNT, NOT_NEGATIVE, Options, Ranges
 from mirl.tasks.weights import open_weights
 from mirl.training.checkpoints import atomic
@@ -36,11 +42,12 @@ class EvaluateOptions(Options):
     """Options of `mirl evaluate`."""
 
     weights: str | None = None
-    """run folder of mirl finetune, or its encoder/"""
+    """run folder of mirl finetune, or its encoder/; or a run folder of mirl detect"""
     data: str = "shapes"
-    """class folders, some or all of the classifier's; of a folder with val/ or test/ that one; or `shapes`"""
-    batch_size: int = 64
-    """images computed at once"""
+    """class folders, some or all of the classifier's; of a folder with val/ or test/ that one; for a detector a folder
+    with COCO annotations; or `shapes`"""
+    batch_size: int | None = None
+    """images computed at once; by default 64, for a detector 1"""
     workers: int | None = None
     """data workers; by default one per core of a GPU, at most 16; on a CPU few or none"""
     out: str | None = None
@@ -67,18 +74,24 @@ class Evaluation:
     confusion: list[list[int]]
 
 
-def evaluate(**options: Any) -> Evaluation:
-    """Judge a fine-tuned classifier on a folder of class folders, and write what was found.
+def evaluate(**options: Any) -> Evaluation | AveragePrecision:
+    """Judge a fine-tuned classifier on class folders, or a detector on COCO annotations, and write what was found.
 
-    Writes accuracies and the expected calibration error as JSON, the confusion matrix, and the worst mistakes as a
-    contact sheet. Takes the fields of `mirl.EvaluateOptions`.
+    Of a classifier: accuracies and the expected calibration error as JSON, the confusion matrix, and the worst mistakes
+    as a contact sheet. Of a detector: average precision, also of each class, as JSON, and what it found in COCO's
+    format of results. Takes the fields of `mirl.EvaluateOptions`.
 
     Raises:
         UserError: on a mistake in options, weights or data.
     """
     settings = EvaluateOptions(**options)
     if not settings.weights:
-        raise UserError("--weights is missing; give a run folder of mirl finetune")
+        raise UserError("--weights is missing; give a run folder of mirl finetune or mirl detect")
+    if holds_detector(settings.weights):
+        return evaluate_detector(
+            settings.weights, settings.data, _folder(settings), batch_size=settings.batch_size or 1,
+            workers=settings.workers,
+        )  # fmt: skip
     weights = open_weights(settings.weights, say=console.print)
     if not weights.classes:
         raise UserError(
@@ -90,7 +103,7 @@ def evaluate(**options: Any) -> Evaluation:
     view = partial(evaluation_view, size=weights.image_size)
     dataset = LabelledImages(split.source, split.members, view, labels=known[split.labels])
     classifier = weights.build().to("cuda" if torch.cuda.is_available() else "cpu")
-    found = predict(classifier, dataset, weights.mean, weights.deviation, settings.batch_size, settings.workers)
+    found = predict(classifier, dataset, weights.mean, weights.deviation, settings.batch_size or 64, settings.workers)
 
     result = judge(found, weights.classes)
     folder = _folder(settings)

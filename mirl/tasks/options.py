@@ -142,8 +142,9 @@ def resumed(given: Run, saved: dict[str, Any]) -> Run:
     changes = {}
     for field in dataclasses.fields(given):
         value, kept = getattr(given, field.name), saved.get(field.name, field.default)
-        if field.name in ("image_size", "patch_size"):
-            kept, value = pair(kept), value if value is None else pair(value)
+        if field.name in ("image_size", "patch_size"):  # one number, or as config.yaml keeps two
+            kept = tuple(kept) if isinstance(kept, list) else kept
+            value = kept if value is not None and pair(value) == pair(kept) else value
         if field.name in OF_THIS_START:
             changes[field.name] = value
         elif value in (field.default, kept):
@@ -159,9 +160,13 @@ def resumed(given: Run, saved: dict[str, Any]) -> Run:
 
 
 def resolve_run(
-    given: RunOptions, *, images: int, most: int, epochs: int, gpu: bool, devices: int, precision: Precision
-) -> dict[str, Any]:
-    """Choose batches, workers and evaluations of a run over `images` for `epochs`; `most` images in a batch.
+    given: RunOptions, *, images: int, most: int, epochs: int, gpu: bool, devices: int, precision: Precision,
+    on_cpu: int = 64,
+) -> dict[str, Any]:  # fmt: skip
+    """Choose batches, workers and evaluations of a run over `images` for `epochs`.
+
+    Args:
+        most: images in a batch; on_cpu: images computed at once without a GPU, whose memory would be measured.
 
     Raises:
         UserError: if the batch is larger than the data or cannot be shared by the devices.
@@ -175,7 +180,7 @@ def resolve_run(
     return {
         "epochs": epochs,
         "batch_size": batch,
-        "micro_batch": min(given.micro_batch or (512 if gpu else 64), batch // devices),
+        "micro_batch": min(given.micro_batch or (512 if gpu else on_cpu), batch // devices),
         "precision": precision,
         "workers": default_workers(cores, gpu) if given.workers is None else given.workers,
         "evaluate_epochs": given.evaluate_epochs or max(1, epochs // 20),

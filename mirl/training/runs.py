@@ -1,7 +1,7 @@
 """The run folder: who may write it, what it holds, how a run is found again.
 
-config.yaml  log.txt  metrics.jsonl  tensorboard/  checkpoints/  encoder/  autoencoder.safetensors  pictures/
-report.html
+config.yaml  log.txt  metrics.jsonl  tensorboard/  checkpoints/  encoder/  autoencoder.safetensors
+detector.safetensors  pictures/  results.json  report.html
 """
 
 import json
@@ -20,7 +20,8 @@ from mirl.training.checkpoints import atomic
 
 ENTRIES = (
     *("config.yaml", "log.txt", "metrics.jsonl", "tensorboard", "checkpoints", "encoder", "autoencoder.safetensors"),
-    *("encoder.tmp", "pictures", "results.json", "readouts", "evaluations"),
+    *("encoder.tmp", "pictures", "results.json", "readouts", "evaluations", "detector.safetensors", "detections.json"),
+    "predictions",
     *("report.html", "reconstructions", "diagnosis"),
 )
 Incident = Literal["resumed", "stopped", "skipped step", "unusable file", "memory", "failed"]

@@ -17,7 +17,7 @@ from mirl.models.encoder import ARCHITECTURE, timm_arguments
 
 ABOUT = {"architecture": ARCHITECTURE, "arguments": {"depth": 2}, "mean": [0.5], "classes": ["é", "b"]}
 KINDS = {
-    "onnx": (lambda model, path, images: graphs.write_onnx(model, path, images, "features", ABOUT),
+    "onnx": (lambda model, path, images: graphs.write_onnx(model, path, images, ["features"], ABOUT),
              graphs.run_onnx, graphs.read_onnx),
     "pt2": (lambda model, path, images: graphs.write_exported(model, path, images, ABOUT),
             graphs.run_exported, graphs.read_exported),
@@ -82,7 +82,7 @@ def test_onnx_states_its_opset_and_names_its_sides(written):
 def test_large_tensors_lie_beside_the_onnx_file(model, tmp_path, monkeypatch):
     monkeypatch.setattr(graphs, "LARGEST", 1000)
     path = tmp_path / "large.onnx"
-    graphs.write_onnx(model, path, images(2), "features", ABOUT)
+    graphs.write_onnx(model, path, images(2), ["features"], ABOUT)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["large.onnx", "large.onnx.data"]
     about, tensors = graphs.read_onnx(path)
     assert about == ABOUT

@@ -1,0 +1,325 @@
+"""`mirl detect` from end to end on tiny detectors: training, resuming, judging, finding, and what users get wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_classes import write_encoder
+from tiny_runs import assert_one_line, command, finish, rows
+
+import mirl
+from mirl.cli import main
+from mirl.data.instances import open_instances
+from mirl.errors import UserError
+from mirl.tasks.detection import DetectTask, few
+from mirl.tasks.detection_scores import judge
+from mirl.tasks.detector import load_detector
+from mirl.tasks.settings.detection import Detection, resolve_detection
+from mirl.tasks.weights import open_weights
+
+TINY = {
+    "data": "shapes:24:32", "epochs": 2, "batch_size": 8, "width": 16, "regions": 8, "precision": "32", "workers": 0,
+    "base_lr": 4e-3, "report": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    """An encoder of 2 blocks on 32 px in patches of 8, of random weights."""
+    return write_encoder(tmp_path_factory.mktemp("weights") / "vit", size=(32, 32))
+
+
+@pytest.fixture(scope="module")
+def trained(vit, tmp_path_factory):
+    """A trained run; made once, not to be changed."""
+    return mirl.detect(
+        weights=vit, **TINY | {"report": True, "checkpoint_steps": 3}, out=tmp_path_factory.mktemp("trained") / "run"
+    )
+
+
+def settings_of(vit, *, images=24, **options):
+    weights = open_weights(vit)
+    given = Detection(**TINY | {"weights": vit} | options)
+    return weights, resolve_detection(
+        given, images=images, shorter_side=32, depth=weights.depth, patch_size=8, gpu=False, devices=1, precision="32"
+    )
+
+
+def task_of(vit, **options):
+    """Return the task that `mirl detect` would run with these options."""
+    train, val = open_instances(options.get("data", TINY["data"]))
+    weights, settings = settings_of(vit, images=len(train), **options)
+    return DetectTask(settings, weights, train, val)
+
+
+def write_coco(root, *, images=4, channels=3):
+    """Write a COCO folder of plain squares on a plain ground, with categories 7 and 3; return it."""
+    random = np.random.default_rng(0)
+    for split in ("train", "val"):
+        (root / "images" / split).mkdir(parents=True)
+        table = {"images": [], "annotations": [], "categories": [{"id": 7, "name": "b"}, {"id": 3, "name": "a"}]}
+        for number in range(1, images + 1):
+            pixels = np.full((40, 48, 3), 30, np.uint8)
+            x, y, side = (int(value) for value in (random.integers(0, 20), random.integers(0, 16), 20))
+            kind = number % 2
+            pixels[y : y + side, x : x + side] = (200, 60, 60) if kind else (60, 60, 220)
+            picture = Image.fromarray(pixels)
+            (picture if channels == 3 else picture.convert("L")).save(root / "images" / split / f"{number}.png")
+            table["images"].append({"id": 10 * number, "file_name": f"{number}.png", "height": 40, "width": 48})
+            corners = [x, y, x + side, y, x + side, y + side, x, y + side]
+            table["annotations"].append({
+                "id": number, "image_id": 10 * number, "category_id": 7 if kind else 3, "iscrowd": 0,
+                "bbox": [x, y, side, side], "area": side * side, "segmentation": [corners],
+            })  # fmt: skip
+        (root / "annotations").mkdir(exist_ok=True)
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(table))
+    return root
+
+
+def test_a_run_leaves_what_it_promises(trained):
+    assert {"config.yaml", "detector.safetensors", "results.json", "detections.json", "report.html"} <= {
+        path.name for path in trained.iterdir()
+    }
+    assert {"augmented.png", "curves.png", "step_00000000.png", "step_00000006.png"} <= {
+        path.name for path in (trained / "pictures").iterdir()
+    }
+    results = json.loads((trained / "results.json").read_text())
+    assert results["images"] == 10 and len(results["per_class"]) == 10 and 0 <= results["box_ap"] <= 1
+    last = rows(trained, "held_out")[-1]
+    assert {name: last[name] for name in ("box_ap", "mask_ap")} == {
+        name: results[name] for name in ("box_ap", "mask_ap")
+    }
+    steps = rows(trained)
+    parts = ("rpn_class", "rpn_box", "box_class", "box", "mask")
+    assert all(row["loss"] == pytest.approx(sum(row[name] for name in parts), rel=1e-5) for row in steps)
+    assert np.mean([row["loss"] for row in steps[-3:]]) < np.mean([row["loss"] for row in steps[:3]])
+    report = (trained / "report.html").read_text()
+    for part in (
+        "Average precision of boxes and masks",
+        "left what is annotated",
+        "mirl detect --config",
+        "load_detector",
+    ):
+        assert part in report, part
+
+
+def test_the_summary_says_what_was_chosen(vit):
+    text = "\n".join(task_of(vit).summary())
+    for part in ("24 images to train on, 10 to test, 10 classes", "ViT of 2 blocks", "heads 16 wide, 8 regions",
+                 "coco_1x · 2 epochs of 3 steps", "peak rate 0.001", "layer decay 0.75", "drop path 0.2"):  # fmt: skip
+        assert part in text, part
+
+
+def test_a_killed_run_equals_an_uninterrupted_one(trained, tmp_path):
+    """Killed after its first epoch and gone on with, by the command line."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    for name in ("detector.safetensors", "results.json", "checkpoints/step_00000006.pt"):
+        (run / name).unlink()
+    code, output, errors = finish(command({"out": run, "report": "false"}, "--resume", task="detect"))
+    assert (code, errors) == (0, "") and "resumed at step 3 of 6" in output
+    one, other = (load_file(folder / "detector.safetensors") for folder in (trained, run))
+    assert one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
+    one, other = (json.loads((folder / "results.json").read_text()) for folder in (trained, run))
+    assert one == other
+
+
+def test_a_run_cannot_go_on_with_other_categories(vit, tmp_path):
+    root = write_coco(tmp_path / "coco")
+    options = TINY | {"weights": vit, "data": str(root), "batch_size": 2, "epochs": 1, "out": tmp_path / "run"}
+    mirl.detect(**options)
+    for split in ("train", "val"):
+        path = root / "annotations" / f"instances_{split}.json"
+        path.write_text(path.read_text().replace('"name": "a"', '"name": "c"'))
+    with pytest.raises(UserError, match="categories .* began with"):
+        mirl.detect(**options, resume=True)
+
+
+def test_a_trained_detector_opens_anywhere(trained, tmp_path):
+    shutil.copy(trained / "detector.safetensors", tmp_path / "moved.safetensors")
+    detector, categories = load_detector(tmp_path / "moved.safetensors")
+    assert [category.name for category in categories][:2] == ["disk", "square"] and categories[0].id == 1
+    own, _ = load_detector(trained)
+    images = [torch.rand(3, 40, 30), torch.rand(3, 32, 64)]
+    with torch.inference_mode():
+        for found, expected, image in zip(detector(images), own(images), images, strict=True):
+            assert found["masks"].shape[1:] == image.shape[1:]
+            assert all((found[name] == expected[name]).all() for name in expected)
+
+
+def test_an_unfinished_run_is_opened_from_its_checkpoint(trained, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / "detector.safetensors").unlink()
+    detector, categories = load_detector(run)
+    assert "is not finished: using its checkpoint of step 6" in capsys.readouterr().out
+    expected, _ = load_detector(trained)
+    assert all(
+        (a == b).all() for a, b in zip(detector.state_dict().values(), expected.state_dict().values(), strict=True)
+    )
+    assert len(categories) == 10
+
+
+def test_predict_and_evaluate_from_the_command_line(trained, tmp_path, capsys):
+    root = write_coco(tmp_path / "coco")
+    assert main(["detect", str(trained), "--predict", str(root / "images"), "--threshold", "0.01",
+                 "--out", str(tmp_path / "found")]) == 0  # fmt: skip
+    table = json.loads((tmp_path / "found" / "predictions.json").read_text())
+    assert len(table["images"]) == 8 and len(table["categories"]) == 10
+    assert len(list((tmp_path / "found" / "overlays").rglob("*.png"))) == 8
+    assert (
+        main(["evaluate", "--weights", str(trained), "--data", "shapes:40:32", "--out", str(tmp_path / "judged")]) == 0
+    )
+    judged = json.loads((tmp_path / "judged" / "results.json").read_text())
+    assert judged["images"] == 40 and "box AP" in capsys.readouterr().out
+    with pytest.raises(UserError, match="does not know, e.g. 3 'a'"):
+        mirl.evaluate(weights=trained, data=str(root))
+
+
+def test_evaluating_what_the_run_was_judged_on_gives_its_figures(trained):
+    _, val = open_instances(TINY["data"])
+    detector, categories = load_detector(trained)
+    judged, _, bad = judge(detector, val, categories, batch_size=3, workers=0)
+    results = json.loads((trained / "results.json").read_text())
+    assert judged.as_json() == {name: results[name] for name in judged.as_json()} and not bad
+
+
+def test_the_backbone_as_onnx_equals_the_detectors(trained, tmp_path):
+    assert_same_maps(trained, tmp_path / "backbone.onnx", strides=(2, 4, 8, 16, 32))
+
+
+def assert_same_maps(run, path, strides):
+    """Check that ONNX Runtime makes the same of three images as the run's detector."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    assert mirl.detect(str(run), onnx=str(path)) == path
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == [f"stride_{s}" for s in strides]
+    images = torch.rand(3, 3, *session.get_inputs()[0].shape[2:])
+    detector, _ = load_detector(run)
+    with torch.inference_mode():
+        expected = detector.backbone(images).values()
+    for found, wanted in zip(session.run(None, {"images": images.numpy()}), expected, strict=True):
+        np.testing.assert_allclose(found, wanted.numpy(), atol=1e-4)
+
+
+def test_overfit_trains_and_tests_on_the_same_images(vit, tmp_path):
+    train, _ = open_instances(TINY["data"])
+    assert few(train, 5).members.tolist() == train.members[:5].tolist()
+    run = mirl.detect(weights=vit, **TINY | {"overfit": 8, "epochs": 1}, out=tmp_path / "run")
+    assert json.loads((run / "results.json").read_text())["images"] == 8
+    with pytest.raises(UserError, match="more than the 24 training images"):
+        few(train, 25)
+
+
+def test_windows_and_jitter_train_too(vit, tmp_path):
+    options = {"protocol": "vitdet", "image_size": 64, "window": 3, "epochs": 1, "checkpointing": True}
+    run = mirl.detect(weights=vit, **TINY | options, out=tmp_path / "run")
+    detector, _ = load_detector(run)
+    with torch.inference_mode():
+        assert len(detector([torch.rand(3, 50, 30)])) == 1
+    assert_same_maps(run, tmp_path / "backbone.onnx", strides=(2, 4, 8, 16, 32))
+
+
+def test_grey_images_and_odd_category_numbers(tmp_path):
+    vit = write_encoder(tmp_path / "grey", size=(32, 32), channels=1)
+    root = write_coco(tmp_path / "coco", channels=1)
+    run = mirl.detect(weights=vit, **TINY | {"data": str(root), "batch_size": 2, "epochs": 1}, out=tmp_path / "run")
+    assert [row["category"] for row in json.loads((run / "results.json").read_text())["per_class"]] == [3, 7]
+    found = json.loads((run / "detections.json").read_text())
+    assert {result["category_id"] for result in found} <= {3, 7}
+    assert {result["image_id"] for result in found} <= {10, 20, 30, 40}
+
+
+def test_rates_decay_below_the_heads(vit):
+    task = task_of(vit, layer_decay=0.5)
+    scales = {id(p): group.get("lr_scale", 1.0) for group in task.optimizer().param_groups for p in group["params"]}
+    assert len(scales) == len(list(task.model.parameters()))
+    encoder = task.encoder
+    assert scales[id(encoder.blocks[1].mlp.fc1.weight)] == 0.5
+    assert scales[id(encoder.blocks[0].mlp.fc1.weight)] == 0.25
+    assert scales[id(encoder.patch_embed.proj.weight)] == scales[id(encoder.pos_embed)] == 0.125
+    assert scales[id(task.model.roi_heads.box_predictor.cls_score.weight)] == 1.0
+
+
+def test_rates_fall_at_nine_and_eleven_twelfths(vit):
+    task = task_of(vit, epochs=12, warmup_epochs=0.5)
+    peak = task.settings.peak_rate
+    assert [round(task.rate(epoch) / peak, 6) for epoch in (0, 0.25, 0.5, 8.9, 9.01, 10.9, 11.01)] == [
+        0, 0.5, 1, 1, 0.1, 0.1, 0.01
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shorter_side", "patch", "protocol", "size"),
+    [
+        (480, 16, "coco_1x", 800),
+        (480, 16, "vitdet", 1024),
+        (480, 8, "coco_1x", 400),
+        (250, 16, "coco_1x", 416),
+        (2000, 16, "coco_1x", 800),
+        (60, 8, "vitdet", 128),
+        (5, 16, "coco_1x", 32),
+    ],
+)
+def test_the_image_size_follows_the_images(shorter_side, patch, protocol, size):
+    given = Detection(weights="x", data="photos", protocol=protocol)
+    resolved = resolve_detection(given, images=100, shorter_side=shorter_side, depth=12, patch_size=patch, gpu=True,
+                                 devices=1, precision="32")  # fmt: skip
+    assert resolved.image_size == size
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": None}, "--weights is missing"),
+        ({"data": "nowhere"}, "'nowhere' does not exist"),
+        ({"patch_size": 6}, "give --patch_size 16"),
+        ({"protocol": "vitdet", "image_size": 60}, "no multiple of two patches .* give --image_size 64"),
+        ({"batch_size": 100}, "more than the 24 training images"),
+        ({"regions": 0}, "--regions 0 is not allowed"),
+    ],
+)
+def test_mistakes_are_said_before_anything_begins(vit, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        mirl.detect(**TINY | {"weights": vit, "out": tmp_path / "run"} | options)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--predict", "photos"], "need a trained run"),
+        (["RUN"], "give --predict or --onnx"),
+        (["RUN", "--predict", "photos", "--epochs", "3"], "--epochs belongs to training"),
+        (["RUN", "--predict", "photos", "--threshold", "2"], "--threshold 2.0 is not allowed"),
+        (["RUN", "--predict", "nowhere"], "'nowhere' does not exist"),
+        (["elsewhere", "--predict", "photos"], "elsewhere"),
+    ],
+)
+def test_mistakes_with_a_trained_run(trained, arguments, message, capsys):
+    assert main(["detect", *(str(trained) if word == "RUN" else word for word in arguments)]) == 2
+    assert_one_line(2, capsys.readouterr().err, message)
+
+
+def test_a_damaged_detector_is_one_line(trained, tmp_path):
+    path = tmp_path / "detector.safetensors"
+    path.write_bytes((trained / "detector.safetensors").read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be read"):
+        load_detector(path)
+    with pytest.raises(UserError, match="holds no detector"):
+        load_detector(Path(__file__).parent)
+
+
+def test_two_processes_find_what_one_does(vit, trained, tmp_path):
+    options = TINY | {"weights": vit, "out": tmp_path / "two"}
+    options["report"] = "false"
+    code, output, errors = finish(command(options, "--devices=2", task="detect"))
+    assert (code, errors) == (0, "") and output.count("done:") == 1
+    assert len(rows(tmp_path / "two")) == 6
+    results = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert results["images"] == 10
