@@ -92,7 +92,7 @@ def draw(chart: Chart) -> str:
     """Return a chart as the JSON that Bokeh's script embeds."""
     from bokeh.core.json_encoder import serialize_json
     from bokeh.embed import json_item
-    from bokeh.models import BoxZoomTool, DataRange1d, PanTool, PrintfTickFormatter, ResetTool, WheelZoomTool
+    from bokeh.models import BoxZoomTool, DataRange1d, PanTool, PrintfTickFormatter, Range1d, ResetTool, WheelZoomTool
     from bokeh.plotting import figure
 
     # The wheel scrolls the page until its tool is chosen; a finger always does (page.js).
@@ -108,6 +108,8 @@ def draw(chart: Chart) -> str:
     renderers = [renderer for line in chart.lines for renderer in _add(plot, line, chart)]
     followed = [renderer for renderer in renderers if "faint" not in renderer.tags]
     plot.y_range = DataRange1d(renderers=followed or "auto", range_padding=0.08)
+    if not any(line.y.any() for line in chart.lines):
+        plot.y_range = Range1d(-0.08, 1)  # all is zero, as a precision at first: nothing is below
     plot.x_range = DataRange1d(renderers=renderers, range_padding=0.02)
     for axis in (*plot.xaxis, *plot.yaxis):
         axis.update(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mirl.errors import UserError
 from mirl.training.runs import RunFolder, read_config
@@ -46,9 +46,13 @@ class Run:
     written: datetime | None
 
     @property
+    def command(self) -> Literal["pretrain", "finetune", "detect"]:
+        """The command whose run it was, told by an option that only it has."""
+        return "pretrain" if "method" in self.config else "detect" if "protocol" in self.config else "finetune"
+
+    @property
     def pretraining(self) -> bool:
-        """Whether the run was one of `mirl pretrain`; else it is one of `mirl finetune`."""
-        return "method" in self.config
+        return self.command == "pretrain"
 
     @property
     def step(self) -> int:
@@ -64,7 +68,8 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.steps is not None and self.step >= self.steps and (self.folder / "encoder").is_dir()
+        left = "detector.safetensors" if self.command == "detect" else "encoder"
+        return self.steps is not None and self.step >= self.steps and (self.folder / left).exists()
 
     def skipped_images(self) -> dict[str, str]:
         """Return the names of files that could not be used, with the reasons."""

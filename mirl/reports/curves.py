@@ -1,6 +1,8 @@
 """Charts over the epochs of a run, or of several: losses, rates, gradients, speed."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
 
 from mirl.methods import is_term
 from mirl.reports.charts import COLOURS, Chart, Line, lines_of
@@ -8,6 +10,12 @@ from mirl.reports.contents import Run
 from mirl.reports.series import Series, series, smooth, thin
 
 OBJECTIVES = ("pixel", "feature", "vgg")
+# Values of detectors, with their words: parts of the training loss, average precisions of held-out images.
+DETECTION = {
+    "rpn_class": "proposal", "rpn_box": "proposal's box", "box_class": "class", "box": "box", "mask": "mask",
+}  # fmt: skip
+PRECISIONS = {"box_ap": "boxes", "mask_ap": "masks"}
+SIZES = {"mask_ap_small": "small", "mask_ap_medium": "medium", "mask_ap_large": "large"}
 POINTS = 1500  # most of a raw curve
 SMOOTHED = 400  # of a smoothed one; fewer where many runs share a page
 ALL_RUNS = 4000
@@ -24,6 +32,7 @@ def curves(runs: Sequence[Run]) -> list[Chart]:
     names = list(dict.fromkeys(name for run in runs for row in run.rows["held_out"] for name in row))
     terms, objectives = [name for name in names if is_term(name)], [name for name in names if name in OBJECTIVES]
     accuracies = [name for name in names if name.endswith(("top1", "top5"))]
+    precisions, sizes = ([name for name in names if name in group] for group in (PRECISIONS, SIZES))
     rates = lines_of([_rate(label, run, colour_of(index)) for index, (label, run) in enumerate(_labelled(runs))])
     measured = [
         Chart(name, title, "epoch", unit, _each(runs, name, scale, over), log=log)
@@ -34,6 +43,9 @@ def curves(runs: Sequence[Run]) -> list[Chart]:
         *_parts(runs, objectives, "Objectives", "loss", 1.0),
         *_parts(runs, terms, "Loss of pairs and decoders", "loss", 1.0),
         *_parts(runs, accuracies, "Held-out accuracy", "%", 100.0),
+        *_parts(runs, precisions, "Average precision", "%", 100.0),
+        *_parts(runs, sizes, "Average precision of masks, by size", "%", 100.0),
+        *_detector_losses(runs),
         Chart("lr", "Learning rate", "epoch", "learning rate", rates),
         *measured,
     ]
@@ -71,15 +83,29 @@ def _losses(runs: Sequence[Run]) -> tuple[Line, ...]:
             groups.append(over_time("training", training, COLOURS[0], 1))
             groups.append(at_evaluations("held out", held_out, COLOURS[1]))
             groups.append(at_evaluations("held out, averaged weights", average, COLOURS[2]))
-        else:  # in the colour of the run, the training behind
-            groups.append(
-                tuple(
-                    Line(line.label, line.x, line.y, line.colour, "faint")
-                    for line in over_time(run.name, training, colour_of(index), len(runs))
-                )
-            )
+        else:  # in the colour of the run, the training behind unless it is all there is
+            style: Literal["plain", "faint"] = "faint" if len(held_out) else "plain"
+            lines = over_time(run.name, training, colour_of(index), len(runs))
+            groups.append(tuple(replace(line, style=style) for line in lines))
             groups.append(at_evaluations(run.name, held_out, colour_of(index)))
     return lines_of(groups)
+
+
+def _detector_losses(runs: Sequence[Run]) -> list[Chart]:
+    """Draw the parts of detectors' training loss: of one run all together, of several runs a chart for each."""
+    detectors = [(index, run) for index, run in enumerate(runs) if run.command == "detect"]
+    several = len(runs) > 1
+    groups: dict[str, list[tuple[Line, ...]]] = {}
+    for index, run in detectors:
+        for place, (name, words) in enumerate(DETECTION.items()):
+            label, colour = (run.name, colour_of(index)) if several else (words, colour_of(place))
+            lines = over_time(label, series(run.rows["train"], name), colour, len(runs), background=False)
+            groups.setdefault(name if several else "detector_losses", []).append(lines)
+    return [
+        Chart(name, f"Loss: {DETECTION[name]}" if several else "Parts of the loss", "epoch", "loss", lines_of(lines),
+              log=True)
+        for name, lines in groups.items()
+    ]  # fmt: skip
 
 
 def _parts(runs: Sequence[Run], names: Sequence[str], title: str, unit: str, scale: float) -> list[Chart]:
@@ -87,7 +113,7 @@ def _parts(runs: Sequence[Run], names: Sequence[str], title: str, unit: str, sca
     if len(runs) > 1:
         return [
             Chart(
-                name, f"{title}: {name.replace('_', ' ')}", "epoch", unit,
+                name, f"{title}: {_words(name)}", "epoch", unit,
                 lines_of([at_evaluations(run.name, series(run.rows["held_out"], name, scale=scale), colour_of(index))
                           for index, run in enumerate(runs)]),
             )
@@ -96,11 +122,15 @@ def _parts(runs: Sequence[Run], names: Sequence[str], title: str, unit: str, sca
     run = runs[0]
     groups: list[tuple[Line, ...]] = []
     for index, name in enumerate(names):
-        label, colour = name.replace("_", " "), colour_of(index)
+        label, colour = _words(name), colour_of(index)
         (average,) = over_time(label, series(run.rows["train"], name, scale=scale), colour, 1, background=False)
         groups.append((Line(label, average.x, average.y, colour, "faint"),))
         groups.append(at_evaluations(label, series(run.rows["held_out"], name, scale=scale), colour))
     return [Chart(f"{names[0]}_all", title, "epoch", unit, lines_of(groups))] if names else []
+
+
+def _words(name: str) -> str:
+    return (PRECISIONS | SIZES).get(name) or name.replace("_", " ")
 
 
 def _rate(label: str, run: Run, colour: str) -> tuple[Line, ...]:

@@ -13,7 +13,7 @@ from mirl.reports.charts import draw, library
 from mirl.reports.contents import Run, read_runs
 from mirl.reports.panels import galleries
 from mirl.reports.sections import Section, reconstructions, sections
-from mirl.reports.tables import about, key_figures, side_by_side, status
+from mirl.reports.tables import ARROW, about, key_figures, side_by_side, status
 from mirl.training.checkpoints import atomic
 from mirl.training.runs import console
 
@@ -71,9 +71,13 @@ def _head(runs: Sequence[Run]) -> dict[str, Any]:
     """Return what the page begins with: of one run its key figures, of several a table of them."""
     if len(runs) > 1:
         title = " and ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
-        return {"title": title, "several": True, "compared": side_by_side(runs)}
+        compared = side_by_side(runs)
+        arrows = any(ARROW in cell for row in compared.rows for cell in row)
+        return {"title": title, "several": True, "arrows": arrows, "compared": compared}
     (run,) = runs
-    words = {"status": status(run), "about": about(run), "figures": key_figures(run)}
+    figures = key_figures(run)
+    arrows = any(ARROW in value for value in figures.values())
+    words = {"status": status(run), "about": about(run), "figures": figures, "arrows": arrows}
     return {"title": run.name, "several": False, "finished": run.finished, **words}
 
 

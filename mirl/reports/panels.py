@@ -18,7 +18,7 @@ from mirl.reports.contents import Row, Run
 
 FIXED = 2  # the first panels, original and masked, are the same at every moment
 SMALL = 64  # pixels up to which images are shown enlarged
-SHEET_BYTES = 300_000
+SHEET_BYTES = 900_000  # of all runs' sheets of a kind
 SHEET_EFFORTS = ((1100, 80), (1100, 60), (1100, 40), (800, 40), (500, 30), (250, 20))  # pixels across, quality
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mirl.reports import depth, tables
+from mirl.reports import depth, precision, tables
 from mirl.reports.charts import Chart
 from mirl.reports.contents import Run
 from mirl.reports.curves import curves
@@ -15,6 +15,23 @@ from mirl.reports.tables import Table, quoted
 
 # What a run says at its end: an indented block of code after a line that begins with "done:".
 USE = re.compile(r"^done: .*\n\n((?: {4}.*\n|\n)+)", re.MULTILINE)
+
+# How to read the pictures of runs of a method or command, and how to get an evaluation.
+PICTURES = {
+    "mirl": "Held-out images, never trained on. The shallow half of the encoder predicts the main component, the deep "
+    "half the residual that it missed, drawn around grey; the loss compares their sum with the original. Visible "
+    "patches are shown as they are.",
+    "pretrain": "Held-out images, never trained on, and what the decoder makes of the patches that it sees. Visible "
+    "patches are shown as they are.",
+    "finetune": "What the classifier is shown at the last evaluation and says of it, with the truth if wrong.",
+    "detect": "Held-out images at the last evaluation: on the left what is annotated, on the right what the detector "
+    "finds.",
+}
+EVALUATE = {
+    "pretrain": "mirl knn --weights {} --data LABELLED tells in one pass what the features know.",
+    "finetune": "results.json is written at the end; mirl evaluate --weights {} --data OTHER.",
+    "detect": "results.json is written at the end.",
+}
 
 
 @dataclass(frozen=True)
@@ -45,45 +62,52 @@ class Section:
 
 def sections(runs: Sequence[Run]) -> list[Section]:
     """Return the sections of a report on `runs`; that of pictures lacks the reconstructions."""
-    several = len(runs) > 1
+    blockwise = any(run.command != "detect" for run in runs)  # mirl diagnose takes no detector
     training = [
         _curves(runs),
         reconstructions(runs, [Gallery(run.name) for run in runs]),
-        _blocks(runs),
+        *([_blocks(runs)] if blockwise else []),
         _gradients(runs),
-        _diagnosis(runs),
+        *([_diagnosis(runs)] if blockwise else []),
         _evaluation(runs),
     ]
-    if several:
+    if len(runs) > 1:
         return [_differences(runs), *training, _incidents(runs)]
     (run,) = runs
     return [*training, _use(run), _options(run), _skipped(run), _incidents(runs)]
 
 
 def _curves(runs: Sequence[Run]) -> Section:
-    reading = (
-        "The training loss should fall and the held-out loss with it: a held-out loss that rises again while the "
-        "training loss falls is overfitting. Faint lines are single steps, strong ones averages, dots evaluations."
-        if len(runs) == 1
-        else "One colour for each run; in the charts of losses dots are held-out images and faint lines training. "
-        "Losses compare only between runs of the same data, target and mask ratio."
-    )
+    detectors = [run for run in runs if run.command == "detect"]
+    if len(runs) == 1:
+        reading = (
+            "The training loss should fall and the average precision rise: a precision that falls again while the loss "
+            "falls is overfitting."
+            if detectors
+            else "The training loss should fall and the held-out loss with it: a held-out loss that rises again while "
+            "the training loss falls is overfitting."
+        ) + " Faint lines are single steps, strong ones averages, dots evaluations."
+    elif len(detectors) == len(runs):
+        reading = (
+            "One colour for each run; dots are evaluations on held-out images, losses are of training, and compare "
+            "only between runs of the same data and protocol."
+        )
+    else:
+        reading = (
+            "One colour for each run; in the charts of losses dots are held-out images and faint lines training. "
+            "Losses compare only between runs of the same data, target and mask ratio."
+        ) + (" Detectors have no held-out loss." if detectors else "")
     missing = "No step is recorded yet: metrics.jsonl is missing or empty."
     return Section("curves", "Learning curves", reading, charts=tuple(curves(runs)), missing=missing)
 
 
 def reconstructions(runs: Sequence[Run], shown: Sequence[Gallery]) -> Section:
     """Show held-out images as the model fills them in, or the pictures of the last evaluation where it does not."""
-    reading = (
-        "Held-out images, never trained on, and what the decoder makes of the patches that it sees. Visible patches "
-        "are shown as they are."
-    )
+    kinds: set[str] = {run.command for run in runs}
+    title = "Reconstructions" if kinds == {"pretrain"} else "Pictures"
     if any(run.config.get("method") == "mirl" for run in runs):
-        reading = (
-            "Held-out images, never trained on. The shallow half of the encoder predicts the main component, the deep "
-            "half the residual that it missed, drawn around grey; the loss compares their sum with the "
-            "original. Visible patches are shown as they are."
-        )
+        kinds = kinds - {"pretrain"} | {"mirl"}
+    reading = " ".join(text for kind, text in PICTURES.items() if kind in kinds)
     galleries: list[Gallery] = []
     sheets: list[Sheet] = []
     lines: list[str] = []
@@ -96,12 +120,10 @@ def reconstructions(runs: Sequence[Run], shown: Sequence[Gallery]) -> Section:
             galleries.append(gallery)
         elif found := _last_picture(run, len(runs)):
             sheets.append(found)
-            if not any(other.pretraining for other in runs):
-                reading = "What the classifier is shown at the last evaluation and says of it, with the truth if wrong."
     missing = "No pictures yet: they are written at each evaluation."
     return Section(
-        "pictures", "Reconstructions" if any(run.pretraining for run in runs) else "Pictures", reading, tuple(lines),
-        galleries=tuple(galleries), sheets=tuple(sheets), missing=missing,
+        "pictures", title, reading, tuple(lines), galleries=tuple(galleries), sheets=tuple(sheets),
+        missing=missing,
     )  # fmt: skip
 
 
@@ -151,32 +173,26 @@ def _diagnosis(runs: Sequence[Run]) -> Section:
         ):
             sheets.append(picture)
     reading = "Which blocks learned, in words and charts, measured on whole images after the training."
-    missing = (
-        f"No diagnosis yet: mirl diagnose --weights {quoted(runs[0].folder)} --data IMAGES tells which blocks learned."
-    )
+    weights = next((quoted(run.folder) for run in runs if run.command != "detect"), "")
+    missing = f"No diagnosis yet: mirl diagnose --weights {weights} --data IMAGES tells which blocks learned."
     return Section("diagnosis", "Diagnosis", reading, tuple(lines), sheets=tuple(sheets), missing=missing)
 
 
 def _evaluation(runs: Sequence[Run]) -> Section:
-    reading = (
-        "How often the first guess is right on test images. Where two intervals overlap widely, the difference may be "
-        "chance; intervals say nothing about other seeds."
-    )
+    accuracies, found = tables.results(runs), precision.precisions(runs)
+    readings = [precision.READING] if any(run.command == "detect" for run in runs) else []
+    if accuracies or not readings:
+        readings.insert(0, tables.READING)
     unreadable = [
         f"{path} of {run.name} could not be read."
         for run in runs
-        for pattern in ("results.json", "readouts/*.json", "evaluations/*/*.json")
+        for pattern in (precision.FILES if run.command == "detect" else tables.FILES)
         for path in run.documents(pattern).unreadable
     ]
-    weights = quoted(runs[0].folder)
-    missing = (
-        f"No evaluation yet: mirl knn --weights {weights} --data LABELLED tells in one pass what the features know."
-        if runs[0].pretraining
-        else f"No evaluation yet: results.json is written at the end; mirl evaluate --weights {weights} --data OTHER."
-    )
+    missing = "No evaluation yet: " + EVALUATE[runs[0].command].format(quoted(runs[0].folder))
     return Section(
-        "evaluation", "Evaluation", reading, tuple(unreadable), charts=tuple(depth.read_outs(runs)),
-        tables=tuple(tables.results(runs)), missing=missing,
+        "evaluation", "Evaluation", " ".join(readings), tuple(unreadable), charts=tuple(depth.read_outs(runs)),
+        tables=(*accuracies, *found), missing=missing,
     )  # fmt: skip
 
 
@@ -188,19 +204,26 @@ def _differences(runs: Sequence[Run]) -> Section:
 
 
 def _use(run: Run) -> Section:
-    reading = "Paste this into Python; timm opens the folder, nothing of mirl is needed."
+    detector = run.command == "detect"
+    reading = (
+        "Find objects in a folder of images, judge the detector on other annotations, or call it from Python."
+        if detector
+        else "Paste this into Python; timm opens the folder, nothing of mirl is needed."
+    )
     found = USE.findall(run.log)
     code = textwrap.dedent(found[-1]).strip() if found else ""
     written = Path(str(run.config.get("out", "")))  # the folder may have been moved since
     code = code.replace(f"local-dir:{written / 'encoder'}", f"local-dir:{run.folder / 'encoder'}")
     code = code.replace(f"--weights {written} ", f"--weights {quoted(run.folder)} ")
-    missing = "There is no encoder yet: it is written at the end of the run."
-    return Section("use", "Use the encoder", reading, code=code if run.finished else "", missing=missing)
+    code = code.replace(f"mirl detect {written} ", f"mirl detect {quoted(run.folder)} ")
+    code = code.replace(f'load_detector("{written}")', f'load_detector("{run.folder}")')
+    trained = "detector" if detector else "encoder"
+    missing = f"There is no {trained} yet: it is written at the end of the run."
+    return Section("use", f"Use the {trained}", reading, code=code if run.finished else "", missing=missing)
 
 
 def _options(run: Run) -> Section:
-    command = "pretrain" if run.pretraining else "finetune"
-    code = f"mirl {command} --config {quoted(run.folder / 'config.yaml')} --out runs/again"
+    code = f"mirl {run.command} --config {quoted(run.folder / 'config.yaml')} --out runs/again"
     reading = "Every option with the value that was used; the line repeats the run."
     return Section("options", "Configuration", reading, code=code, tables=(tables.options(run),))
 

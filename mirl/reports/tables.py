@@ -12,6 +12,12 @@ from mirl.reports.series import Series, series
 from mirl.training.runs import duration
 
 SKIPPED_SHOWN, INCIDENTS_SHOWN, CLASSES_SHOWN = 100, 200, 100
+READING = (
+    "How often the first guess is right on test images. Where two intervals overlap widely, the difference may be "
+    "chance; intervals say nothing about other seeds."
+)
+ARROW = " → "
+FILES = ("results.json", "readouts/*.json", "evaluations/*/*.json")  # of accuracies
 LONGEST = 300  # characters of a cell
 
 
@@ -34,6 +40,8 @@ def key_figures(run: Run) -> dict[str, str]:
     found = {
         "held-out loss": _change(series(held_out, "loss")),
         "accuracy": accuracy,
+        "box AP": percent(_last(held_out, "box_ap")),
+        "mask AP": percent(_last(held_out, "mask_ap")),
         "training time": duration(seconds) if seconds else "",
         "speed": f"{np.median(speed.values):.3g} images/s" if len(speed) else "",
         "wait for data": f"{waiting / seconds:.1%}" if seconds else "",
@@ -62,7 +70,7 @@ def side_by_side(runs: Sequence[Run]) -> Table:
 
 def about(run: Run) -> dict[str, str]:
     """Say what was trained on what."""
-    names = ("method", "model", "weights", "data", "epochs", "batch_size")
+    names = ("method", "protocol", "model", "weights", "data", "epochs", "batch_size")
     return {name.replace("_", " "): shown(run.config[name]) for name in names if run.config.get(name) is not None}
 
 
@@ -103,7 +111,7 @@ def results(runs: Sequence[Run]) -> list[Table]:
 def skipped(run: Run) -> Table | None:
     """List the first images that could not be used, with the reasons."""
     found = run.skipped_images()
-    rows = tuple((_cut(name), _cut(reason)) for name, reason in list(found.items())[:SKIPPED_SHOWN])
+    rows = tuple((cut(name), cut(reason)) for name, reason in list(found.items())[:SKIPPED_SHOWN])
     more = f": the first {SKIPPED_SHOWN} of {len(found):,}, log.txt has all" if len(found) > SKIPPED_SHOWN else ""
     return Table(f"Images that were left out{more}", ("image", "reason"), rows) if rows else None
 
@@ -116,7 +124,7 @@ def incidents(runs: Sequence[Run]) -> Table | None:
         where = (run.name,) if len(runs) > 1 else ()
         for row in happened[-INCIDENTS_SHOWN:]:
             when = str(row.get("time", "")).replace("T", " ")
-            rows.append((*where, f"{row['step']:,}", when, str(row.get("what", "")), _cut(str(row.get("text", "")))))
+            rows.append((*where, f"{row['step']:,}", when, str(row.get("what", "")), cut(str(row.get("text", "")))))
     head = ("step", "time", "what", "text")
     return Table("What happened", ("run", *head) if len(runs) > 1 else head, tuple(rows)) if rows else None
 
@@ -127,7 +135,12 @@ def shown(value: Any) -> str:
         return "–"
     if isinstance(value, list | tuple):
         return f"[{','.join(map(shown, value))}]"
-    return _cut(str(value).lower() if isinstance(value, bool) else str(value))
+    return cut(str(value).lower() if isinstance(value, bool) else str(value))
+
+
+def percent(value: float | None) -> str:
+    """Write a share, "" if it is not known."""
+    return "" if value is None else f"{100 * value:.1f} %"
 
 
 def quoted(path: object) -> str:
@@ -136,7 +149,9 @@ def quoted(path: object) -> str:
 
 
 def _accuracies(run: Run) -> list[tuple[str, str, Row, str]]:
-    """Return (what, data, accuracy, more) of everything in the folder that was judged."""
+    """Return (what, data, accuracy, more) of everything in the folder that was judged; a detector has no accuracy."""
+    if run.command == "detect":
+        return []
     found: list[tuple[str, str, Row, str]] = []
     for document in run.documents("results.json").found.values():
         named = {"weights": "fine-tuned", "average": "fine-tuned, averaged weights"}
@@ -173,7 +188,7 @@ def _figures(result: Row) -> tuple[str, ...]:
 def _by_class(caption: str, per_class: dict[str, Any]) -> Table:
     known = [(name, value) for name, share in per_class.items() if (value := number(share)) is not None]
     worst = sorted(known, key=lambda entry: entry[1])[:CLASSES_SHOWN]
-    rows = tuple((_cut(name), f"{100 * share:.1f} %") for name, share in worst)
+    rows = tuple((cut(name), f"{100 * share:.1f} %") for name, share in worst)
     return Table(f"Each class, the hardest first: {caption}", ("class", "top-1"), rows, folded=True)
 
 
@@ -186,15 +201,21 @@ def _latest_accuracy(run: Run) -> str:
     return f"{top1.last:.1f} %" if len(top1) else ""
 
 
+def _last(rows: Sequence[Row], name: str) -> float | None:
+    found = series(rows, name)
+    return found.last if len(found) else None
+
+
 def _change(found: Series) -> str:
     if not len(found):
         return ""
-    return f"{found.first:.4g} → {found.last:.4g}" if len(found) > 1 else f"{found.first:.4g}"
+    return f"{found.first:.4g}{ARROW}{found.last:.4g}" if len(found) > 1 else f"{found.first:.4g}"
 
 
 def data_of(document: Row) -> str:
-    return _cut(str(document.get("data") or (document.get("options") or {}).get("data") or "–"))
+    return cut(str(document.get("data") or (document.get("options") or {}).get("data") or "–"))
 
 
-def _cut(text: str) -> str:
+def cut(text: str) -> str:
+    """Shorten a text to what a cell may hold."""
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"

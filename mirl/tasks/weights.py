@@ -298,6 +298,8 @@ def _described(path: Path, about: dict[str, Any], state: State) -> Weights | Aut
 def _from_unfinished(run: Path, say: Say) -> AutoencoderWeights:
     state = load_newest(run / "checkpoints", say)
     settings = read_config(run)
+    if "protocol" in settings:
+        raise UserError(f"{run} holds a detector; give the encoder that it was trained from, {settings['weights']}")
     if state is None or "method" not in settings:
         remedy = f"finish it with mirl pretrain --out {run} --resume" if "method" in settings else "finish it first"
         raise UserError(f"{run} holds no encoder yet; {remedy}")

@@ -58,21 +58,24 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
         epochs = [row["epoch"] for row in training]
         wait.plot(epochs, [100 * row["data_wait"] / row["seconds"] for row in training], color="C0", linewidth=0.8)
     _curve(loss, held_out, "loss", label="held out", color="C1", marker="o")
-    loss.legend(fontsize=7)
+    if loss.lines:
+        loss.legend(fontsize=7)
     others = {name for row in held_out for name in row} - {"kind", "step", "epoch", "loss", "average_loss"}
-    members = sorted(others) or ["loss"]
+    precisions = {"box_ap", "mask_ap"} & others
+    members = sorted(precisions or others) or ["loss"]
     for name in members:
-        _curve(parts, held_out, name, label=name.replace("_", " "), marker="o")
-    parts.legend(fontsize=7)
-    accuracies = any("top1" in name for name in members)
+        _curve(parts, held_out, name, label=name.replace("_", " ").replace(" ap", " AP"), marker="o")
+    if parts.lines:
+        parts.legend(fontsize=7)
+    shares = "average precision" if precisions else "accuracy" if any("top1" in name for name in members) else "loss"
     titles = {
-        loss: "loss", parts: "held-out accuracy" if accuracies else "held-out loss", rate: "learning rate",
+        loss: "loss", parts: f"held-out {shares}", rate: "learning rate",
         norm: "gradient norm", speed: "images a second", wait: "waiting for data, % of the time",
     }  # fmt: skip
     for axes, title in titles.items():
         axes.set_title(title, fontsize=8)
         axes.set_xlabel("epoch", fontsize=7)
-        axes.tick_params(labelsize=7)
+        axes.tick_params(labelsize=7, which="both")
         axes.grid(alpha=0.3)
     norm.set_yscale("log")
     with atomic(path) as temporary:

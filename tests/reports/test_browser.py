@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 from playwright.sync_api import expect, sync_playwright
-from written_runs import TITLES, write_results, write_run
+from written_runs import TITLES, write_detector, write_results, write_run
 
 from mirl.reports.page import report
 
@@ -73,6 +73,11 @@ def compared(rich, tmp_path_factory):
     return report([str(rich), str(mae)], out=str(folder / "page.html"))
 
 
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    return write_detector(tmp_path_factory.mktemp("detector") / "run")
+
+
 def until(page, expression):
     """Wait until a JavaScript expression holds; the page lets nobody else evaluate one."""
     for _ in range(100):
@@ -88,7 +93,10 @@ def sources(page, gallery=0):
 
 @pytest.mark.parametrize(
     "which, options",
-    [("single", {}), ("single", PHONE), ("single", DARK), ("compared", {}), ("compared", PHONE), ("real", {})],
+    [
+        *(("single", {}), ("single", PHONE), ("single", DARK), ("compared", {}), ("compared", PHONE), ("real", {})),
+        *(("detector", {}), ("detector", PHONE)),
+    ],
 )
 def test_everything_is_drawn_and_nothing_moves(visit, request, tmp_path, which, options):
     found = request.getfixturevalue(which)
