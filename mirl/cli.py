@@ -101,16 +101,14 @@ def _spell_out(parser: Any, arguments: Sequence[str]) -> list[str]:
              for action in parser._actions}  # fmt: skip
     many = next((hint for name, hint in hints.items() if not name.startswith("-") and _is_list(hint)), None)
     result: list[str] = []
-    loose: list[str] = []  # values of the one positional parameter that takes several
-    required = any(not name.startswith("-") for name in hints)
+    loose: list[str] = []  # values without a flag, of one parameter: a list, or a run that a command can do without
+    optional_run = "--run" in hints and not any(not name.startswith("-") for name in hints)
     waiting = list(arguments)
     while waiting:
         argument = waiting.pop(0)
         name, equals, value = argument.partition("=")
         if not argument.startswith("-"):
-            # A run that a command can do without is no positional parameter, but is given like one.
-            given = argument if required or "--run" not in hints else f"--run={argument}"
-            (loose if many else result).append(given)
+            (loose if many or optional_run else result).append(argument)
         elif _is_list(hints.get(name)):
             values = [value] if equals else []
             while not equals and waiting and not waiting[0].startswith("--"):
@@ -122,6 +120,13 @@ def _spell_out(parser: Any, arguments: Sequence[str]) -> list[str]:
         else:
             result += [argument, *waiting[:1]]
             waiting = waiting[1:]
+    if optional_run and len(loose) > 1:
+        raise UserError(
+            f"one run can be given, but {len(loose)} arguments have no flag: {loose[0]}, {loose[1]}"
+            f"{', ...' if loose[2:] else ''}; for several files, give their folder or quote the pattern"
+        )
+    if optional_run:  # no positional parameter, but given like one
+        return [*result, *(f"--run={run}" for run in loose)]
     return [_as_list(loose, many), *result] if loose else result
 
 

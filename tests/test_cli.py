@@ -177,6 +177,42 @@ def test_a_mistake_in_a_list_is_one_line(lists, capfd, line, message):
     assert lists == []
 
 
+@pytest.fixture
+def optional_run(monkeypatch):
+    """A command with a run that it can do without; returns what its function is called with."""
+    module = types.ModuleType("command_with_optional_run")
+    calls = []
+
+    def command(run: str | None = None, *, predict: str | None = None, **options):
+        """Do nothing."""
+        calls.append((run, predict))
+
+    command.__module__ = module.__name__
+    module.command = command
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(mirl.cli.COMMANDS, "optional", (f"{module.__name__}:command", "for this test"))
+    return calls
+
+
+@pytest.mark.parametrize(
+    "line, expected",
+    [("", (None, None)), ("a", ("a", None)), ("a --predict b", ("a", "b")), ("--predict b a", ("a", "b"))],
+)
+def test_an_optional_run_needs_no_flag(optional_run, line, expected):
+    assert mirl.cli.main(["optional", *line.split()]) == 0
+    assert optional_run == [expected]
+
+
+@pytest.mark.parametrize(
+    "line, shown", [("a --predict 1.jpg 2.jpg", "2 .*: a, 2.jpg;"), ("a b c d", "4 .*: a, b, ...;")]
+)
+def test_a_second_run_is_one_line(optional_run, capfd, line, shown):
+    """Else the last photo of a pattern that the shell expanded would take the run's place."""
+    message = one_line(["optional", *line.split()], capfd)
+    assert re.search(f"one run can be given, but {shown} .*give their folder or quote the pattern", message)
+    assert optional_run == []
+
+
 def test_unknown_commands_are_one_line_that_lists_the_commands(capfd):
     assert "unknown command 'pretain'; choose one of: pretrain" in one_line(["pretain"], capfd)
 

@@ -13,13 +13,14 @@ import yaml
 from mirl.cli import build_parser
 from mirl.models.autoencoder import build_autoencoder
 from mirl.models.encoder import build_encoder, parse_model
+from mirl.tasks.settings.detection import Detection, resolve_detection
 from mirl.tasks.settings.finetuning import Finetuning, resolve_finetuning
 from mirl.tasks.settings.pretraining import Pretraining, autoencoder_of, decoder_shape, method_of, resolve
 from mirl.training.optimizers import adamw
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FILES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
-RECIPES = [path for path in FILES if path.parent.name in ("pretrain", "finetune")]
+RECIPES = [path for path in FILES if path.parent.name in ("pretrain", "finetune", "detect")]
 ROWS = [path for path in FILES if path not in RECIPES]
 MACHINE = {"images": 1_281_167, "gpu": False, "devices": 1, "precision": "32"}
 MODELS = {"vit_s_12", "vit_b_12", "vit_s_54", "vit_b_24", "vit_l_24", "vit_b_48"}
@@ -72,8 +73,9 @@ def recipes(kind):
 
 
 def test_there_are_recipes_for_the_papers_models_and_the_official_code():
-    assert MODELS | {"official_vit_s_54", "official_vit_b_48", "demo", "cifar10"} == set(recipes("pretrain"))
+    assert MODELS | {"official_vit_s_54", "official_vit_b_48", "demo", "shapes", "cifar10"} == set(recipes("pretrain"))
     assert MODELS | {"cifar10"} == set(recipes("finetune"))
+    assert {"vit_b_12", "vit_b_24", "vit_s_54", "vit_b_48", "vitdet_vit_b_12", "shapes"} == set(recipes("detect"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -87,6 +89,11 @@ def test_a_recipe_says_what_it_is_and_builds(path):
     if kind == "finetune":
         sizes = {"depth": 2, "image_size": (224, 224), "patch_size": (16, 16)}
         assert resolve_finetuning(Finetuning(**options), **sizes, **MACHINE).epochs == options["epochs"]
+        return
+    if kind == "detect":
+        given = Detection(**options | {"weights": "x"})
+        resolved = resolve_detection(given, shorter_side=480, depth=12, patch_size=16, **MACHINE)
+        assert options == {name: getattr(resolved, name) for name in options}
         return
     settings = resolve(Pretraining(**options), shorter_side=256, **MACHINE)
     with torch.device("meta"):
@@ -282,3 +289,17 @@ def test_a_recipes_layer_decay_reaches_the_patch_embedding():
     lowest = next(g for g in groups if any(p is encoder.patch_embed.proj.weight for p in g["params"]))
     # Without a head the norm after the last block is the top; a classifier has one layer more.
     assert lowest["lr_scale"] == pytest.approx(0.88**54)
+
+
+def test_detection_recipes_have_table_4s_figures_and_its_schedule():
+    for name, figures in {"vit_b_12": (49.3, 43.7), "vit_b_48": (53.4, 46.5)}.items():
+        text = recipes("detect")[name].read_text()
+        assert "Table 4" in text and "{} box AP, {} mask AP".format(*figures) in text
+    for name in ("vit_b_12", "vit_b_24", "vit_s_54", "vit_b_48"):
+        text = recipes("detect")[name].read_text()
+        options = yaml.safe_load(text)
+        assert "Not run here." in text
+        assert (options["protocol"], options["epochs"], options["batch_size"]) == ("coco_1x", 12, 32)
+        depth = parse_model(name)[2]
+        lowest = options["layer_decay"] ** (depth + 1)  # CAE's: 0.75 at 12 blocks, 0.85 at 24
+        assert 0.85**25 * 0.9 < lowest <= 0.75**13 * 1.001, name

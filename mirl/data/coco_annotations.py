@@ -1,8 +1,9 @@
 """A COCO annotation file as arrays, without what is wrong in it.
 
-A file that is not of COCO's form is the user's mistake. A mistake in one annotation is not: it is skipped, counted by
-its kind, and named. Numbers stay in arrays and masks in one block of bytes, because all of COCO travels to each data
-worker. Symbols: n images, m annotations.
+A file that is not of COCO's form, or has a malformed category, is the user's mistake. A mistake in one image or
+annotation is not: it is skipped, counted by its kind, and named. To have no id is one too, because evaluation tells
+annotations apart by it. Numbers stay in arrays and masks in one block of bytes, because all of COCO travels to each
+data worker. Symbols: n images, m annotations.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mirl.data.coco_json import Table, parse, printable, without_collection
+from mirl.data.coco_json import NO_INTEGER, Table, parse, printable, without_collection
 from mirl.data.coco_layout import endings, image_folder
 from mirl.data.instances import Category
 from mirl.data.run_lengths import Malformed, area, compress
@@ -118,21 +119,16 @@ class _Notes:
             self.lines.append(f"{len(wrong)} {what}{'s' if len(wrong) > 1 else ''} skipped: {why}, e.g. {examples}")
 
 
-class _Lookup:
-    """From `ids` to indices; ids that are not there are UNKNOWN."""
-
-    def __init__(self, ids: Integers, indices: Integers):
-        self.ids, first = np.unique(ids, return_index=True)
-        self.indices = indices[first]
-
-    def __call__(self, ids: Integers) -> Integers:
-        nearest = np.searchsorted(self.ids, ids).clip(max=len(self.ids) - 1)
-        return np.where(self.ids[nearest] == ids, self.indices[nearest], UNKNOWN)
-
-
 def _categories(table: Table) -> tuple[Category, ...]:
     names: dict[int, str] = {}
-    for number, name in zip(table.integers("id").tolist(), table.texts("name"), strict=True):
+    rows = list(zip(table.integers("id").tolist(), table.texts("name"), strict=True))
+    for why, wrong in table.faults.items():
+        if wrong.any():
+            raise UserError(
+                f"{str(table.file)!r}: categories[{wrong.argmax()}] is malformed: {why}; give each category a whole "
+                "number as its id and a text as its name"
+            )
+    for number, name in rows:
         if names.setdefault(number, name) != name:
             raise UserError(
                 f"{str(table.file)!r}: category {number} is {names[number]!r} and {name!r}; give each an id of its own"
@@ -142,50 +138,54 @@ def _categories(table: Table) -> tuple[Category, ...]:
     return tuple(Category(number, names[number]) for number in sorted(names))
 
 
-def _images(table: Table, root: Path, channels: int, notes: _Notes) -> tuple[Images, _Lookup]:
-    """Return the images that can be used, and how to find them by their ids."""
+def _images(table: Table, root: Path, channels: int, notes: _Notes) -> tuple[Images, dict[int, int]]:
+    """Return the images that can be used, and the index of each id, SKIPPED for those of the others."""
     names, ids = table.texts("file_name"), table.integers("id")
     sizes = np.stack([table.integers("height"), table.integers("width")], axis=1)
-    if not names:
-        raise UserError(f"{str(table.file)!r} has nothing in 'images'; add those that the annotations refer to")
-    folder = image_folder(table.file, root, names[:TRIED])
+    if not any(names):
+        raise UserError(f"{str(table.file)!r} names no file in 'images'; add those that the annotations refer to")
+    folder = image_folder(table.file, root, [name for name in names if name][:TRIED])
     there = open_source(folder, channels=channels)
     assert isinstance(there, ImageFiles)
     available = {there.paths[index] for index in range(len(there))}
     paths = [next((path for path in endings(name) if path in available), "") for name in names]
 
+    def without(wrong: Bools, why: str) -> Integers:
+        notes.add(left[wrong], "image", why, lambda index: names[index] or f"images[{index}]")
+        return left[~wrong]
+
     left = np.arange(len(ids))
-    for wrong, why in (
-        (_repeated(ids), "an id that an image before has"),
-        (~_possible(sizes), "no image is that high and wide"),
-        (np.array([not path for path in paths]), f"no such image in {str(folder)!r}"),
-    ):
-        notes.add(left[wrong[left]], "image", why, lambda index: names[index])
-        left = left[~wrong[left]]
-    indices = np.full(len(ids), SKIPPED)
-    indices[left] = np.arange(len(left))
+    for why, wrong in table.faults.items():
+        left = without(wrong[left], why)
+    left = without(_repeated(ids[left]), "an id that an image before has")
+    left = without(~_possible(sizes[left]), "no image is that high and wide")
+    left = without(np.array([not paths[index] for index in left], dtype=bool), f"no such image in {str(folder)!r}")
     files = ImageFiles(str(folder), PackedStrings(paths[index] for index in left), channels)
-    return Images(ids=ids[left], sizes=sizes[left], files=files), _Lookup(ids, indices)
+    index_of = dict.fromkeys(ids.tolist(), SKIPPED) | dict(zip(ids[left].tolist(), range(len(left)), strict=True))
+    return Images(ids=ids[left], sizes=sizes[left], files=files), index_of
 
 
 def _annotations(
-    table: Table, categories: tuple[Category, ...], images: Images, image_of: _Lookup, notes: _Notes
+    table: Table, categories: tuple[Category, ...], images: Images, image_of: dict[int, int], notes: _Notes
 ) -> Annotations:
-    ids, boxes, areas = table.integers("id"), table.boxes("bbox"), table.numbers("area", np.nan)
-    crowd = np.array(table.column("iscrowd", {int, bool}, 0), dtype=bool)
-    numbers = np.array([category.id for category in categories])
-    labels = _Lookup(numbers, np.arange(1, len(numbers) + 1))(table.integers("category_id"))
-    image = image_of(table.integers("image_id"))
+    ids, boxes, areas = table.integers("id"), table.boxes("bbox"), table.numbers("area")
+    crowd = table.flags("iscrowd")
+    label_of = {category.id: label for label, category in enumerate(categories, 1)}
+    labels = _indices(label_of, table.integers("category_id"))
+    image = _indices(image_of, table.integers("image_id"))
 
     def name(index: int) -> str:
-        return f"annotation {ids[index]}" + (f" of {images.files.paths[image[index]]}" if image[index] >= 0 else "")
+        which = f"annotations[{index}]" if ids[index] == NO_INTEGER else f"annotation {ids[index]}"
+        return which + (f" of {images.files.paths[image[index]]}" if image[index] >= 0 else "")
 
     def without(wrong: Bools, why: str) -> Integers:
         notes.add(left[wrong], "annotation", why, name)
         return left[~wrong]
 
     left = np.arange(len(ids))
-    left = without(image == UNKNOWN, "image_id of no image")
+    for why, wrong in table.faults.items():
+        left = without(wrong[left], why)
+    left = without(image[left] == UNKNOWN, "image_id of no image")
     left = left[image[left] != SKIPPED]  # noted with their images
     left = without(labels[left] == UNKNOWN, "category_id of no category")
     left = without(_repeated(ids[left]), "an id that an annotation before has")
@@ -212,6 +212,11 @@ def _annotations(
         usable=~crowd[left] & ~empty,
         masks=masks,
     )
+
+
+def _indices(index_of: dict[int, int], ids: Integers) -> Integers:
+    """Return the indices of `ids`, UNKNOWN for those that are not there."""
+    return np.array([index_of.get(number, UNKNOWN) for number in ids.tolist()], dtype=np.int64)
 
 
 def _compressed(segmentations: list[Any], sizes: Integers) -> tuple[PackedStrings, Bools, NDArray[np.str_]]:

@@ -1,13 +1,12 @@
-"""The lists of objects in a COCO annotation file, read a key at a time; what is not of COCO's form is named."""
+"""The lists of objects in a COCO annotation file, read a key at a time; rows with values of another type are found."""
 
 import gc
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +14,7 @@ from numpy.typing import NDArray
 from mirl.errors import UserError
 
 FORM = "COCO annotations are an object with images, annotations and categories"
-IN_WORDS = {str: "text", int: "a whole number of 64 bits", float: "a number", list: "a list of four numbers"}
-NUMBERS = {int, float}
+NO_INTEGER = -(2**63)  # in place of what is no whole number: no id or size is so low
 
 
 @contextmanager
@@ -58,65 +56,83 @@ def printable(text: str) -> str:
 class Table:
     """A list of objects: a row each.
 
+    Attributes:
+        faults: bool [rows] for each kind of mistake, true where a row has it. Every column that is read adds its own.
+
     Raises:
-        UserError: if `content[key]` is none, and from every method where a value is missing or of another type.
+        UserError: if `content[key]` is no list.
     """
 
     def __init__(self, path: Path, content: dict[str, Any], key: str):
         if key not in content:
             raise UserError(f"{str(path)!r} has no {key!r}; {FORM}")
         rows = content[key]
-        if not isinstance(rows, list) or not set(map(type, rows)) <= {dict}:
+        if not isinstance(rows, list):
             raise UserError(f"{str(path)!r}: {key!r} is not a list of objects; {FORM}")
-        self.file, self.key = path, key
-        self.rows: list[dict[str, Any]] = rows
-
-    def column(self, key: str, types: set[type], default: Any = None) -> list[Any]:
-        """Return the rows' values; those that have none get `default`, which has to be of an allowed type too."""
-        values = [row.get(key, default) for row in self.rows]
-        if not set(map(type, values)) <= types:
-            self._refuse([type(value) in types for value in values], key, types)
-        return values
+        self.file = path
+        self.rows: list[dict[str, Any]] = [row if isinstance(row, dict) else {} for row in rows]
+        self.faults = {"not an object": np.array([not isinstance(row, dict) for row in rows], dtype=bool)}
 
     def anything(self, key: str) -> list[Any]:
         """Return the rows' values of any type, None where there is none."""
         return [row.get(key) for row in self.rows]
 
     def texts(self, key: str) -> list[str]:
-        """Return the rows' texts."""
-        return self.column(key, {str})
+        """Return the rows' texts, empty where there is none."""
+        return self._column(key, _text, "a text", "")
 
     def integers(self, key: str) -> NDArray[np.int64]:
-        """Return the rows' whole numbers, int64 [rows]."""
-        values = self.column(key, {int})
-        try:
-            return np.array(values, dtype=np.int64)
-        except OverflowError:
-            self._refuse([-(2**63) <= value < 2**63 for value in values], key, {int})
+        """Return the rows' whole numbers, int64 [rows], `NO_INTEGER` where there is none."""
+        return np.array(self._column(key, _integer, "a whole number of 64 bits", NO_INTEGER), dtype=np.int64)
 
-    def numbers(self, key: str, default: float) -> NDArray[np.float64]:
-        """Return the rows' numbers, float64 [rows]."""
-        return np.array(list(map(_to_float, self.column(key, NUMBERS, default))), dtype=np.float64)
+    def flags(self, key: str) -> NDArray[np.bool_]:
+        """Return whether the rows have 1, bool [rows]; null or nothing is 0."""
+        return np.array(self._column(key, _flag, "0 or 1", False, optional=True), dtype=bool)
+
+    def numbers(self, key: str) -> NDArray[np.float64]:
+        """Return the rows' numbers, float64 [rows], NaN where there is null or nothing."""
+        return np.array(self._column(key, _number, "a number", math.nan, optional=True), dtype=np.float64)
 
     def boxes(self, key: str) -> NDArray[np.float64]:
-        """Return the rows' lists of four numbers, float64 [rows, 4]."""
-        values = self.column(key, {list})
-        if not set(map(len, values)) <= {4} or not set(map(type, chain.from_iterable(values))) <= NUMBERS:
-            self._refuse([len(value) == 4 and set(map(type, value)) <= NUMBERS for value in values], key, {list})
-        return np.array(list(map(_to_float, chain.from_iterable(values))), dtype=np.float64).reshape(-1, 4)
+        """Return the rows' lists of four numbers, float64 [rows, 4], NaN where there is none."""
+        values = self._column(key, _four_numbers, "four numbers", [math.nan] * 4)
+        return np.array(values, dtype=np.float64).reshape(-1, 4)
 
-    def _refuse(self, right: list[bool], key: str, types: set[type]) -> NoReturn:
-        row = right.index(False)
-        place = f"{self.key}[{row}]"
-        if key not in self.rows[row]:
-            raise UserError(f"{str(self.file)!r}: {place} has no {key!r}; add it, or leave that entry out")
-        allowed = next(words for kind, words in reversed(IN_WORDS.items()) if kind in types)
-        given = printable(repr(self.rows[row][key])[:40])
-        raise UserError(f"{str(self.file)!r}: {key!r} of {place} is {given}; it has to be {allowed}")
+    def _column(
+        self, key: str, convert: Callable[[Any], Any], what: str, blank: Any, *, optional: bool = False
+    ) -> list[Any]:
+        """Return converted values, `blank` where there is none; note where a value is missing or converts to None."""
+        absent, why = (blank, f"{key} not {what}") if optional else (None, f"{key} missing or not {what}")
+        values = [absent if value is None else convert(value) for value in self.anything(key)]
+        self.faults[why] = np.array([value is None for value in values], dtype=bool)
+        return [blank if value is None else value for value in values]
 
 
-def _to_float(value: float) -> float:
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _integer(value: Any) -> int | None:
+    if type(value) is float and value.is_integer():
+        value = int(value)
+    return value if type(value) is int and NO_INTEGER < value < -NO_INTEGER else None
+
+
+def _flag(value: Any) -> bool | None:
+    return bool(value) if value in (0, 1) else None
+
+
+def _number(value: Any) -> float | None:
+    if type(value) not in (int, float):
+        return None
     try:
         return float(value)
     except OverflowError:
         return math.inf
+
+
+def _four_numbers(value: Any) -> list[float] | None:
+    if not isinstance(value, list) or len(value) != 4:
+        return None
+    numbers = [number for number in map(_number, value) if number is not None]
+    return numbers if len(numbers) == 4 else None

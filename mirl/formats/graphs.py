@@ -5,9 +5,11 @@ Both keep what builds the model beside the graph, so that the weights can be rea
 
 import json
 import math
+import os
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,26 @@ ABOUT, WEIGHTS, FLOAT32 = f"extra/{METADATA}", "data/weights/model_weights_confi
 LARGEST = 1e9  # bytes in one ONNX file: it may have 2 GiB, and is held in memory several times over
 Tensors = dict[str, Tensor]
 Run = Callable[[Tensor], Tensor]
+
+
+def save_onnx(model: nn.Module, path: Path, example: Tensor, outputs: Sequence[str], about: dict[str, Any]) -> str:
+    """Write ONNX as `write_onnx` does, whole or not at all, in a folder that is made if missing.
+
+    Raises:
+        UserError: if `path` does not end in .onnx, is a folder or cannot be written.
+    """
+    if path.suffix != ".onnx" or path.is_dir():
+        what = "is a folder" if path.is_dir() else "does not end in .onnx"
+        raise UserError(f"{path} {what}; give the name of a file that ends in .onnx")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".unfinished-", dir=path.parent) as folder:
+            opset = write_onnx(model, Path(folder) / path.name, example, outputs, about)  # it names PATH.data
+            for part in sorted(Path(folder).iterdir(), reverse=True):  # PATH.data first, which PATH refers to
+                os.replace(part, path.with_name(part.name))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; give a place that can be written") from error
+    return opset
 
 
 def write_onnx(model: nn.Module, path: Path, example: Tensor, outputs: Sequence[str], about: dict[str, Any]) -> str:

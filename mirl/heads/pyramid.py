@@ -8,8 +8,9 @@ encoder's width.
 from functools import partial
 from typing import Any
 
-from timm.layers import LayerNorm2d
+from timm.layers import LayerNorm2d, Mlp
 from timm.models import VisionTransformer
+from timm.models.vision_transformer import Block
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 
@@ -163,22 +164,25 @@ def build_windowed(
     """
     plain = build_plain(weights, image_size=image_size, drop_path=drop_path, **changes)
     depth, block = len(plain.blocks), plain.blocks[0]
+    for part, expected in ((block, Block), (getattr(block, "mlp", None), Mlp)):
+        if type(part) is not expected:
+            raise _not_plain(f"their {type(part).__name__}")
     state = {name: value for name, value in plain.state_dict().items() if name not in ("cls_token", "reg_token")}
     encoder = VisionTransformerSAM(
         img_size=image_size, patch_size=plain.patch_embed.patch_size, in_chans=weights.channels, num_classes=0,
         global_pool="", embed_dim=plain.embed_dim, depth=depth, num_heads=block.attn.num_heads,
         mlp_ratio=block.mlp.fc1.out_features / plain.embed_dim, qkv_bias=block.attn.qkv.bias is not None,
         init_values=1.0 if "blocks.0.ls1.gamma" in state else None, drop_path_rate=drop_path,
-        norm_layer=partial(nn.LayerNorm, eps=block.norm1.eps), neck_chans=0,
+        norm_layer=partial(nn.LayerNorm, eps=block.norm1.eps), act_layer=type(block.mlp.act), neck_chans=0,
         use_rel_pos=True, window_size=window, global_attn_indexes=global_blocks(depth),
     )  # fmt: skip
     encoder.neck = nn.Identity()  # a final norm, which no pyramid reads
     state["pos_embed"] = _positions(plain)
-    absent, unknown = encoder.load_state_dict(state, strict=False)
-    if unknown or any(".rel_pos_" not in name for name in absent):
-        raise UserError(
-            f"windows need a plain ViT, but the weights differ in {(unknown or absent)[0]}; use --protocol coco_1x"
-        )
+    given, own = ({name: value.shape for name, value in each.items()} for each in (state, encoder.state_dict()))
+    for name in given | own:
+        if given.get(name) != own.get(name) and ".rel_pos_" not in name:
+            raise _not_plain(name)
+    encoder.load_state_dict(state, strict=False)
     encoder.set_grad_checkpointing(checkpointing)
     return encoder.eval()
 
@@ -193,6 +197,10 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False  # type: ignore[assignment]
+
+
+def _not_plain(what: str) -> UserError:
+    return UserError(f"windows need a plain ViT, but the weights differ in {what}; use --protocol coco_1x")
 
 
 def _positions(plain: VisionTransformer) -> Tensor:

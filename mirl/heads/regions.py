@@ -119,7 +119,7 @@ class RegionHeads(RoIHeads):  # type: ignore[misc]
         boxes, scores, labels = self.postprocess_detections(logits, offsets, proposals, shapes)
         masks = self.masks(features, boxes, shapes)
         classes = torch.cat(labels)
-        masks = masks[torch.arange(len(classes), device=classes.device), classes][:, None].sigmoid()
+        masks = of_own_class(masks, classes)[:, None].sigmoid()
         found = zip(boxes, labels, scores, masks.split([len(b) for b in boxes]), strict=True)
         return [{"boxes": b, "labels": n, "scores": s, "masks": m} for b, n, s, m in found]
 
@@ -132,9 +132,16 @@ class RegionHeads(RoIHeads):  # type: ignore[misc]
         return logits.float(), offsets.float()
 
     def masks(self, features: dict[str, Tensor], regions: list[Tensor], shapes: list[tuple[int, int]]) -> Tensor:
-        """Return mask logits [r, k, s, s]."""
+        """Return mask logits [r, k, s, s], under autocast of its precision; see `of_own_class`."""
         read = self.mask_roi_pool(features, regions, shapes)
-        return self.mask_predictor(self.mask_head(read)).float()
+        logits: Tensor = self.mask_predictor(self.mask_head(read))
+        return logits
+
+
+def of_own_class(logits: Tensor, classes: Tensor) -> Tensor:
+    """Pick from [r, k, s, s] the masks of `classes` [r]: float32 [r, s, s]."""
+    picked = logits[torch.arange(len(classes), device=classes.device), classes]
+    return picked.float()  # not before, for memory: there may be 80 others
 
 
 def mask_loss(
@@ -150,7 +157,7 @@ def mask_loss(
         crop_masks(target["masks"], boxes, match, size)
         for target, boxes, match in zip(targets, regions, matches, strict=True)
     ])  # fmt: skip
-    own = logits[torch.arange(len(classes), device=classes.device), classes]
+    own = of_own_class(logits, classes)
     return F.binary_cross_entropy_with_logits(own, true, reduction="sum") / max(1, true.numel())
 
 

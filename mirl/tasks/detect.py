@@ -36,7 +36,7 @@ def detect(
         run: run folder of mirl detect, for --predict and --onnx, e.g. `mirl detect runs/a --predict photos/`
         predict: images in which to find objects: a folder, a glob or a list; writes overlays/ and predictions.json, in
             COCO's format, to --out, by default predictions/ in the run folder
-        threshold: least score of what --predict draws and writes
+        threshold: least score of what --predict draws and writes, of at most 100 objects in an image
         onnx: write the detector's backbone, images to five maps, to this ONNX file
 
     Raises:
@@ -58,16 +58,18 @@ def detect(
         if field.name not in WITH_A_RUN and getattr(settings, field.name) != field.default:
             raise UserError(f"--{field.name} belongs to training; leave it out with a trained run")
     detector, categories = load_detector(run)
-    if onnx:
-        written = write_backbone(detector, Path(onnx))
     if predict:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         source = open_source(predict, channels=len(detector.transform.image_mean))
-        out = Path(settings.out or (Path(run) if Path(run).is_dir() else Path()) / "predictions")
+        folder = Path(run).expanduser()
+        out = Path(settings.out or (folder if folder.is_dir() else Path()) / "predictions")
+        detector.roi_heads.score_thresh = min(threshold, detector.roi_heads.score_thresh)
         written = predict_folder(
             detector.to(device), source, categories, out, threshold=threshold, batch_size=settings.batch_size or 1,
             workers=settings.workers, device=device,
         ).path.parent  # fmt: skip
+    if onnx:  # last, because it changes how attention is computed
+        written = write_backbone(detector.cpu(), Path(onnx))
     return written
 
 

@@ -1,5 +1,6 @@
 """The task that `mirl detect` trains: Mask R-CNN on a ViT, its data, losses, rates and results. Paper: Table 4."""
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ from mirl.models.weights import Weights
 from mirl.tasks.accuracy import write_json
 from mirl.tasks.average_precision import AveragePrecision
 from mirl.tasks.detection_pictures import draw_found, draw_training
-from mirl.tasks.detection_scores import PrecisionOfHeldOut, Results, write_detections
+from mirl.tasks.detection_scores import PrecisionOfHeldOut, Results, judge, write_detections
 from mirl.tasks.detector import FILE, described, detector_of, save_detector
 from mirl.tasks.options import ResolvedRun
 from mirl.tasks.run import RunnableTask
-from mirl.tasks.settings.detection import PROTOCOLS, ResolvedDetection
+from mirl.tasks.settings.detection import PROTOCOLS, Detection, ResolvedDetection
 from mirl.training.monitors import Monitor
 from mirl.training.optimizers import adamw
 from mirl.training.processes import Fabric
@@ -73,7 +74,7 @@ class DetectTask(RunnableTask[InstanceBatch]):
             train.source, train.members, training_view(settings), key=(settings.seed, TRAINING), substitute=True
         )
         self.held_out = InstanceViews(val.source, val.members, key=(0, HELD_OUT))
-        self.judged: tuple[AveragePrecision, Results] | None = None
+        self.judged: tuple[AveragePrecision, Results] | None = None  # at the last evaluation
 
     @property
     def encoder(self) -> Any:
@@ -135,6 +136,10 @@ class DetectTask(RunnableTask[InstanceBatch]):
                 f"trained and tested on the same {s.overfit} images, without random views (--overfit)",
                 *self.train.notes,
             ]
+        if w.full_depth and w.full_depth > w.depth:
+            notes.append(f"the encoder has {w.depth} blocks: {w.full_depth - w.depth} fresh blocks on top")
+        if s.window != Detection.window and s.protocol != "vitdet":
+            notes.append("--window has no effect without --protocol vitdet")
         if s.untrained:
             notes.append("nothing of the encoder's weights is used but their form (--untrained)")
         if s.patch_size != w.patch_size[0]:
@@ -156,11 +161,15 @@ class DetectTask(RunnableTask[InstanceBatch]):
     def finish(self, run: RunFolder, settings: ResolvedRun) -> None:
         """Write the detector, and what the last evaluation found."""
         save_detector(self.model, self.settings, self.about, run.path / FILE)
-        if self.judged is not None:  # not where a complete run was started again
-            found, results = self.judged
-            write_json(run.path / "results.json", {"data": self.settings.data, **found.as_json()})
-            write_detections(results, run.path)
-            run.say(str(found))
+        if self.judged is None:  # a complete run that was started again
+            found, results, _ = judge(
+                self.model.eval(), self.val, self.val.source.categories, batch_size=1, workers=settings.workers
+            )
+            self.judged = found, results
+        found, results = self.judged
+        write_json(run.path / "results.json", {"data": self.settings.data, **found.as_json()})
+        write_detections(results, run.path)
+        run.say(str(found))
         run.say(how_to_detect(run.path, self.weights.channels))
 
 
@@ -181,11 +190,12 @@ def example(channels: int, height: int, width: int) -> InstanceBatch:
 
 def how_to_detect(path: Path, channels: int) -> str:
     """Return lines that a user can paste."""
+    folder = shlex.quote(str(path))
     return f"""
 done: {path} · results.json has the AP of each class, pictures/ shows what is found
 
-    mirl detect {path} --predict IMAGES
-    mirl evaluate --weights {path} --data OTHER_ANNOTATIONS
+    mirl detect {folder} --predict IMAGES
+    mirl evaluate --weights {folder} --data OTHER_ANNOTATIONS
 
     import mirl, torch
     detector, categories = mirl.load_detector("{path}")

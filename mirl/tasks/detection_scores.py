@@ -55,7 +55,7 @@ class Scores:
 
 
 class PrecisionOfHeldOut(Evaluation[InstanceBatch]):
-    """An evaluation during training; in the end it tells `keep` what was found, in every process.
+    """An evaluation during training; in the end it tells `keep` what was found, in the first process.
 
     Values: as `AveragePrecision.figures`.
     """
@@ -68,16 +68,20 @@ class PrecisionOfHeldOut(Evaluation[InstanceBatch]):
         self.fabric, self.model, self.scores, self.keep = fabric, model, Scores(split, split.source.categories), keep
 
     def add(self, batch: InstanceBatch) -> None:
-        """Find objects in a batch."""
-        self.scores.add(batch, find(self.model, batch))
+        """Find objects in a batch, one image at a time: of a large photograph a hundred masks are a gigabyte."""
+        for image in batch.pieces(1):
+            self.scores.add(image, find(self.model, image))
 
     def values(self) -> dict[str, float]:
         """Judge what all processes found."""
         for found in from_all(self.fabric, self.scores.by_image):
             self.scores.by_image |= found
-        judged, results = self.scores.judged()
-        self.keep(judged, results)
-        return judged.figures
+        figures: dict[str, float] = {}
+        if self.fabric.is_global_zero:  # seconds and gigabytes, which need not be spent in each process
+            judged, results = self.scores.judged()
+            self.keep(judged, results)
+            figures = judged.figures
+        return self.fabric.broadcast(figures)
 
 
 def evaluate_detector(
@@ -97,6 +101,8 @@ def evaluate_detector(
         )
     detector = detector.to("cuda" if torch.cuda.is_available() else "cpu")
     judged, results, bad = judge(detector, split, categories, batch_size=batch_size, workers=workers)
+    if not judged.images:
+        raise UserError(f"none of {len(split)} images can be read, e.g. {' '.join(bad[0])}; check the data")
     write_json(folder / "results.json", {"weights": weights, "data": data, **judged.as_json()})
     write_detections(results, folder)
     for note in (*split.notes, *(f"left out {name}: {reason}" for name, reason in bad)):

@@ -69,7 +69,7 @@ def coco_results(
         corners = boxes.double()
         for box, label, score, mask in zip(
             torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist(),
-            *(labels.tolist(), scores.tolist(), masks.byte()),
+            *(labels.tolist(), scores.tolist(), masks.view(torch.uint8)),
             strict=True,
         ):
             results.append({

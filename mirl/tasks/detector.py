@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mirl.data.instances import Category
 from mirl.errors import UserError
-from mirl.formats.graphs import write_onnx
+from mirl.formats.graphs import save_onnx
 from mirl.heads.mask_rcnn import Detector, DetectorShape, build_detector
 from mirl.heads.pyramid import build_plain, build_windowed, unfuse
 from mirl.models.weights import State, Weights
@@ -76,9 +76,13 @@ def save_detector(model: Detector, settings: ResolvedDetection, facts: dict[str,
 def holds_detector(weights: str | Path) -> bool:
     """Tell whether `load_detector` is what opens `weights`."""
     path = Path(weights).expanduser()
-    if path.name == FILE or (path / FILE).exists():
-        return True
-    return (path / "config.yaml").exists() and "protocol" in read_config(path)
+    if path.suffix == ".safetensors" and path.is_file():
+        try:
+            with safe_open(path, "pt") as file:
+                return "categories" in json.loads((file.metadata() or {}).get("mirl", "{}"))
+        except (OSError, SafetensorError, json.JSONDecodeError):
+            return path.name == FILE
+    return (path / FILE).exists() or ((path / "config.yaml").exists() and "protocol" in read_config(path))
 
 
 def load_detector(weights: str | Path) -> tuple[Detector, tuple[Category, ...]]:
@@ -143,12 +147,13 @@ def write_backbone(detector: Detector, path: Path) -> Path:
     height, width = (math.ceil(side / fit.size_divisible) * fit.size_divisible for side in (height, width))
     example = torch.zeros(2, len(fit.image_mean), height, width)
     maps = [f"stride_{stride}" for stride in detector.backbone.strides]
+    about = {"backbone": detector.backbone.encoder.embed_dim, "mean": fit.image_mean, "deviation": fit.image_std}
     unfuse(detector.backbone)
-    opset = write_onnx(
-        _Maps(detector.backbone).eval(), path, example, maps, {"backbone": detector.backbone.encoder.embed_dim}
-    )
+    opset = save_onnx(_Maps(detector.backbone).eval(), path, example, maps, about)
+    statistics = " and ".join(f"[{', '.join(f'{v:g}' for v in values)}]" for values in (fit.image_mean, fit.image_std))
     console.print(
-        f"saved {path} ({opset}): images [b, {example.shape[1]}, {height}, {width}], normalised, to {', '.join(maps)}",
+        f"saved {path} ({opset}): images [b, {example.shape[1]}, {height}, {width}], of 0..1 normalised by mean and "
+        f"deviation {statistics}, to {', '.join(maps)}",
         markup=False,
     )
     return path

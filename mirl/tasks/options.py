@@ -64,7 +64,8 @@ class RunOptions(Options):
     batch_size: int | None = None
     """images in one optimizer step over all devices; by default a power of two near images / 50, from 16 on"""
     micro_batch: int | None = None
-    """images computed at once on one device; by default 64 on a CPU, on a GPU what fits, at most 512"""
+    """images computed at once on one device; by default 64 on a CPU (large ones fewer), on a GPU what fits, at most
+    512"""
     weight_decay: float = 0.05
     """AdamW's, not applied to norms and biases"""
     clip_grad: float | None = None

@@ -281,6 +281,14 @@ def about(weights: Weights | AutoencoderWeights) -> dict[str, Any]:
 
 def _described(path: Path, about: dict[str, Any], state: State) -> Weights | AutoencoderWeights:
     """Return what a file says its tensors are, once they are found to be that."""
+    parts = set(about) if isinstance(about, dict) else set()
+    if {"settings", "categories"} <= parts:
+        raise _holds_detector(path, about["settings"]["weights"])
+    if "backbone" in parts:
+        raise UserError(
+            f"{path} holds a detector's backbone, which cannot be read back; give the encoder that the detector was "
+            "trained from"
+        )
     try:
         with torch.device("meta"):
             if "architecture" not in about:
@@ -299,12 +307,16 @@ def _from_unfinished(run: Path, say: Say) -> AutoencoderWeights:
     state = load_newest(run / "checkpoints", say)
     settings = read_config(run)
     if "protocol" in settings:
-        raise UserError(f"{run} holds a detector; give the encoder that it was trained from, {settings['weights']}")
+        raise _holds_detector(run, settings["weights"])
     if state is None or "method" not in settings:
         remedy = f"finish it with mirl pretrain --out {run} --resume" if "method" in settings else "finish it first"
         raise UserError(f"{run} holds no encoder yet; {remedy}")
     say(f"{run} is not finished: using its checkpoint of step {state['step']}")
     return AutoencoderWeights(settings, without_features(state["model"]))
+
+
+def _holds_detector(path: Path, encoder: str) -> UserError:
+    return UserError(f"{path} holds a detector; give the encoder that it was trained from, {encoder}")
 
 
 def _from_paddle(

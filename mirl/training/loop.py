@@ -104,8 +104,7 @@ def restore(fabric: Fabric, run: RunFolder, task: Task[B], optimizer: torch.opti
         for name, known in state.get("about", {}).items():
             if task.about.get(name) != known:
                 raise UserError(
-                    f"the {name} of the data are not those that the run began with; restore them, or start a new run "
-                    "with another --out"
+                    f"{name}: not what the run began with; restore it, or start a new run with another --out"
                 )
         try:
             task.model.load_state_dict(state["model"])

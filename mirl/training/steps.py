@@ -228,7 +228,7 @@ class Accumulator(Generic[B]):
         """Name the images whose own loss is not finite; if none is, the gradient alone overflowed."""
         names = []
         with seeded(*key):
-            for piece in self._pieces(chunks):
-                finite = self.task.loss(self.model, piece)["loss"].isfinite().tolist()
-                names += [name for name, good in zip(self.task.names(piece), finite, strict=True) if not good]
+            for image in (image for piece in self._pieces(chunks) for image in piece.pieces(1)):
+                if not self.task.loss(self.model, image)["loss"].isfinite().all():
+                    names += self.task.names(image)
         return names

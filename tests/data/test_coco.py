@@ -246,6 +246,17 @@ def test_images_without_instances_are_judged_on_but_not_trained_on(tmp_path):
         ([{"segmentation": [[1, 2, 3, 4]]}, {"segmentation": {"size": [3, 3], "counts": [9]}},
           {"segmentation": {"size": [HEIGHT, WIDTH], "counts": [9]}}, {"segmentation": "x"}],
          "4 annotations skipped: segmentation malformed, e.g. annotation 50 of 1.png"),
+        ([{"id": None}, {"id": "51"}, {"id": True}, {"id": 2**70}],
+         "4 annotations skipped: id missing or not a whole number of 64 bits, e.g. annotations[1] of 1.png, "
+         "annotations[2] of 1.png, annotations[3] of 1.png"),
+        ([{"image_id": None}, {"image_id": "1"}, {"image_id": [1]}],
+         "3 annotations skipped: image_id missing or not a whole number of 64 bits, e.g. annotation 50, annotation 51"),
+        ([{"category_id": None}, {"category_id": 3.5}, {"category_id": float("inf")}],
+         "3 annotations skipped: category_id missing or not a whole number of 64 bits, e.g. annotation 50 of 1.png"),
+        ([{"bbox": None}, {"bbox": [1, 2, 3]}, {"bbox": [1, 2, 3, "4"]}, {"bbox": [1, 2, 3, None]}, {"bbox": "box!"}],
+         "5 annotations skipped: bbox missing or not four numbers, e.g. annotation 50 of 1.png"),
+        ([{"area": "5"}, {"area": [5]}, {"area": True}], "3 annotations skipped: area not a number, e.g."),
+        ([{"iscrowd": "0"}, {"iscrowd": 2}, {"iscrowd": []}], "3 annotations skipped: iscrowd not 0 or 1, e.g."),
     ],
 )  # fmt: skip
 def test_wrong_annotations_are_skipped_and_named(tmp_path, wrong, note):
@@ -254,6 +265,49 @@ def test_wrong_annotations_are_skipped_and_named(tmp_path, wrong, note):
     assert len(split.notes) == 1 and note in split.notes[0]
     assert [one["id"] for one in split.source.truth(split.members)["annotations"]] == [1]
     assert len(split.source.read_instances(0)[1]) == 1
+
+
+def test_incomplete_annotations_are_skipped_and_named(tmp_path):
+    short = annotation(50)
+    del short["id"], short["bbox"]
+    split = single(tmp_path, content(annotations=[5, None, annotation(1), {}, short]))
+    assert split.notes == (
+        "2 annotations skipped: not an object, e.g. annotations[0], annotations[1]",
+        "2 annotations skipped: id missing or not a whole number of 64 bits, "
+        "e.g. annotations[3], annotations[4] of 1.png",
+    )
+    assert [one["id"] for one in split.source.truth([0])["annotations"]] == [1]
+
+
+def test_unusual_values_are_read(tmp_path):
+    odd = annotation(1.0, image=1.0, category=3.0, area=None, iscrowd=None)
+    crowd = annotation(2, image=2, iscrowd=1.0)
+    data = content(odd, crowd, annotation(3, image=2))
+    data["images"][0] |= {"id": 1.0, "height": float(HEIGHT), "width": float(WIDTH)}
+    data["categories"][1]["id"] = 3.0
+    del data["annotations"][2]["area"], data["annotations"][2]["iscrowd"]
+    split = single(tmp_path, data)
+    assert split.notes == ()
+    truth = split.source.truth(split.members)
+    assert [one["area"] for one in truth["annotations"]] == [120, 120, 120]
+    assert [one["iscrowd"] for one in truth["annotations"]] == [0, 1, 0]
+    assert json.dumps(truth["images"][0]) == json.dumps(content()["images"][0])
+    assert json.dumps([truth["annotations"][0][key] for key in ("id", "image_id", "category_id")]) == "[1, 1, 3]"
+
+
+def test_malformed_images_are_skipped_and_named(tmp_path):
+    good = content()["images"][0]
+    wrong = [5, good | {"file_name": None}, good | {"id": None}, good | {"id": 6, "width": 2.5}, {"file_name": "x.png"}]
+    data = content(annotation(1), annotation(2, image=6), annotation(3, image=0))
+    split = single(tmp_path, data | {"images": [*wrong, good]})
+    assert len(split) == 1 and [one["id"] for one in split.source.truth([0])["annotations"]] == [1]
+    assert split.notes == (
+        "1 image skipped: not an object, e.g. images[0]",
+        "1 image skipped: file_name missing or not a text, e.g. images[1]",
+        "2 images skipped: id missing or not a whole number of 64 bits, e.g. 1.png, x.png",
+        "1 image skipped: width missing or not a whole number of 64 bits, e.g. 1.png",
+        "1 annotation skipped: image_id of no image, e.g. annotation 3",
+    )
 
 
 def test_wrong_images_are_skipped_with_their_annotations(tmp_path):
@@ -278,6 +332,8 @@ def test_nothing_usable_is_an_error(tmp_path):
     message = refused(tmp_path, content(annotation(1, category=99), annotation(2, iscrowd=1)))
     assert "has no usable annotation (1 annotation skipped: category_id of no category" in message
     assert "has no usable annotation;" in refused(tmp_path, content() | {"annotations": []})
+    message = refused(tmp_path, content(images=1) | {"images": [{"file_name": "1.png"}]})
+    assert "has no usable annotation (1 image skipped: id missing" in message and "image_id of no image" in message
 
 
 @pytest.mark.parametrize(
@@ -288,20 +344,14 @@ def test_nothing_usable_is_an_error(tmp_path):
         ("", "is not valid JSON"),
         ("[" * 100_000, "is not valid JSON"),
         ({"images": [], "categories": []}, "has no"),
-        (content(images=0), "has nothing in 'images'"),
+        (content(images=0), "names no file in 'images'"),
         (content(categories=[]), "has nothing in 'categories'"),
         (content(categories=[{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]), "category 1 is 'a' and 'b'"),
         (content(annotations={"a": 1}), "'annotations' is not a list of objects"),
-        (content(annotations=[annotation(1), 5]), "'annotations' is not a list of objects"),
-        (content(annotation(1), annotation("2")), "'id' of annotations[1] is '2'; it has to be a whole number"),
-        (content(annotation(True)), "'id' of annotations[0] is True"),
-        (content(annotation(2**70)), "it has to be a whole number of 64 bits"),
-        (content(annotation(1, area="5")), "'area' of annotations[0] is '5'; it has to be a number"),
-        (content(annotation(1, iscrowd=None)), "'iscrowd' of annotations[0] is None"),
-        (content(annotation(1, bbox=[1, 2, 3])), "'bbox' of annotations[0] is [1, 2, 3]; it has to be a list of four"),
-        (content(annotation(1, bbox=[1, 2, 3, "4"])), "'bbox' of annotations[0]"),
-        (content({"id": 1, "image_id": 1, "category_id": 3}), "annotations[0] has no 'bbox'"),
-        (content(images=1) | {"images": [{"id": 1, "file_name": "1.png", "height": 5}]}, "images[0] has no 'width'"),
+        (content(annotations=None), "'annotations' is not a list of objects"),
+        (content(categories=[{"id": 1, "name": "a"}, 5]), "categories[1] is malformed: not an object; give each"),
+        (content(categories=[{"id": 1}]), "categories[0] is malformed: name missing or not a text"),
+        (content(categories=[{"id": "1", "name": "a"}]), "categories[0] is malformed: id missing or not a"),
     ],
 )  # fmt: skip
 def test_files_of_another_form_are_refused(tmp_path, data, message):

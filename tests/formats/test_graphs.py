@@ -90,6 +90,46 @@ def test_large_tensors_lie_beside_the_onnx_file(model, tmp_path, monkeypatch):
     torch.testing.assert_close(graphs.run_onnx(path)(images(3)), model(images(3)).detach(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("largest", "files"), [(1e9, ["a.onnx"]), (1000, ["a.onnx", "a.onnx.data"])])
+def test_onnx_is_saved_whole_in_a_new_folder(model, tmp_path, monkeypatch, largest, files):
+    monkeypatch.setattr(graphs, "LARGEST", largest)
+    path = tmp_path / "new" / "folder" / "a.onnx"
+    assert graphs.save_onnx(model, path, images(2), ["features"], ABOUT) == f"opset {graphs.OPSET}"
+    assert sorted(file.name for file in path.parent.iterdir()) == files
+    torch.testing.assert_close(graphs.run_onnx(path)(images(3)), model(images(3)).detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("a.bin", "a.bin does not end in .onnx; give the name of a file that ends in .onnx"),
+        ("", "is a folder; give the name of a file"),
+        ("folder.onnx", "folder.onnx is a folder; "),
+        ("file/a.onnx", "cannot write .*file/a.onnx: .*; give a place that can be written"),
+    ],
+)
+def test_a_place_where_onnx_cannot_be_saved_is_one_line(tmp_path, place, message):
+    (tmp_path / "folder.onnx").mkdir()
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=message) as caught:
+        graphs.save_onnx(nn.Identity(), tmp_path / place, images(2), ["features"], ABOUT)
+    assert "\n" not in str(caught.value)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "folder.onnx"]
+
+
+def test_onnx_that_fails_half_way_leaves_what_was_there(tmp_path, monkeypatch):
+    def full(_, path, *rest):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(graphs, "write_onnx", full)
+    path = tmp_path / "a.onnx"
+    path.write_text("dear")
+    with pytest.raises(UserError, match=f"cannot write {path}: No space left on device; give a place"):
+        graphs.save_onnx(nn.Identity(), path, images(2), ["features"], ABOUT)
+    assert list(tmp_path.iterdir()) == [path] and path.read_text() == "dear"
+
+
 def test_a_foreign_onnx_is_refused(written, tmp_path):
     content = onnx.load(str(written["onnx"][0]))
     del content.metadata_props[:]

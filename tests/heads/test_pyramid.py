@@ -15,6 +15,7 @@ from mirl.heads.pyramid import (
     global_blocks,
     pyramid_taps,
 )
+from mirl.models.weights import Weights
 
 
 @pytest.mark.parametrize(
@@ -145,12 +146,36 @@ def test_a_patch_without_quarters_is_one_line(make_weights, build):
         build(make_weights(image=40, patch=10), image_size=(40, 40))
 
 
+def test_windows_keep_the_activation(make_weights):
+    weights = make_weights()
+    other = replace(weights, arguments=weights.arguments | {"act_layer": "gelu_tanh"})
+    plain, windowed = build_plain(other), build_windowed(other, image_size=(64, 64))
+    x = torch.linspace(-3, 3, 50)
+    expected = torch.nn.functional.gelu(x, approximate="tanh")
+    assert all((encoder.blocks[0].mlp.act(x) == expected).all() for encoder in (plain, windowed))
+
+
 def test_windows_do_not_fit_any_transformer(make_weights):
     weights = make_weights()
     pre_norm = {"norm_pre.weight": torch.ones(32), "norm_pre.bias": torch.zeros(32)}
     other = replace(weights, arguments=weights.arguments | {"pre_norm": True}, state=weights.state | pre_norm)
     with pytest.raises(UserError, match=r"windows need a plain ViT, .* norm_pre\.weight; use --protocol coco_1x"):
         build_windowed(other, image_size=(64, 64))
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("vit_giant_patch14_dinov2", "GluMlp"), ("vit_small_patch16_18x2_224", "ParallelThingsBlock")],
+)
+def test_windows_do_not_fit_other_blocks(name, part):
+    arguments = {
+        "embed_dim": 48, "num_heads": 2, "depth": 2, "img_size": [32, 32], "patch_size": [8, 8], "in_chans": 3,
+        "mlp_ratio": 4, "num_classes": 0,
+    }  # fmt: skip
+    state = timm.create_model(name, pretrained=False, **arguments).state_dict()
+    weights = Weights(name, arguments, state, (0.5,) * 3, (0.25,) * 3)
+    with pytest.raises(UserError, match=f"windows need a plain ViT, .* differ in their {part}; use --protocol coco_1x"):
+        build_windowed(weights, image_size=(32, 32))
 
 
 @pytest.mark.parametrize("kind", [0, 1, 2])

@@ -1,6 +1,7 @@
 """`mirl detect` from end to end on tiny detectors: training, resuming, judging, finding, and what users get wrong."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -15,12 +16,16 @@ from tiny_runs import assert_one_line, command, finish, rows
 import mirl
 from mirl.cli import main
 from mirl.data.instances import open_instances
+from mirl.data.loading import collate
 from mirl.errors import UserError
 from mirl.tasks.detection import DetectTask, few
 from mirl.tasks.detection_scores import judge
 from mirl.tasks.detector import load_detector
 from mirl.tasks.settings.detection import Detection, resolve_detection
 from mirl.tasks.weights import open_weights
+from mirl.training import processes
+from mirl.training.runs import RunFolder
+from mirl.training.steps import Accumulator
 
 TINY = {
     "data": "shapes:24:32", "epochs": 2, "batch_size": 8, "width": 16, "regions": 8, "precision": "32", "workers": 0,
@@ -124,6 +129,61 @@ def test_a_killed_run_equals_an_uninterrupted_one(trained, tmp_path):
     assert one == other
 
 
+def test_a_complete_run_that_lost_its_results_gets_them_again(vit, trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    for name in ("detector.safetensors", "results.json", "detections.json"):
+        (run / name).unlink()
+    mirl.detect(out=run, resume=True, report=False)
+    for name in ("results.json", "detections.json"):
+        assert json.loads((run / name).read_text()) == json.loads((trained / name).read_text())
+
+
+def test_untrained_takes_no_weights_and_the_same_rate_for_all_layers(vit):
+    trained, fresh = task_of(vit), task_of(vit, untrained=True)
+    assert (trained.settings.layer_decay, fresh.settings.layer_decay) == (0.75, 1.0)
+    weights = open_weights(vit).state["blocks.1.mlp.fc1.weight"]
+    assert (trained.encoder.blocks[1].mlp.fc1.weight == weights).all()
+    assert not (fresh.encoder.blocks[1].mlp.fc1.weight == weights).any()
+    assert "nothing of the encoder's weights" in "\n".join(fresh.summary())
+
+
+def test_the_image_whose_loss_is_not_finite_is_named_alone(vit, tmp_path):
+    task = task_of(vit)
+    images = collate([task.training[0, i] for i in range(3)])
+    poisoned = int(images.indices[1])
+    original = task.loss
+
+    def loss(model, batch):
+        values = original(model, batch)
+        return {"loss": values["loss"] + math.inf} if poisoned in batch.indices.tolist() else values
+
+    task.loss = loss
+    fabric = processes.launch("auto", 1, "32")
+    model, optimizer = fabric.setup(task.model, task.optimizer())
+    run = RunFolder(tmp_path / "run", resume=False, overwrite=False)
+    accumulator = Accumulator(fabric, task, model, optimizer, None, run)
+    assert not accumulator.step([images], (0,), number=1).finite
+    assert accumulator.culprits([images], (0,)) == [task.train.source.name_of(poisoned)]
+    run.close()
+
+
+def test_nothing_that_can_be_read_is_no_evaluation(trained, tmp_path):
+    root = write_coco(tmp_path / "coco")
+    tables = [root / "annotations" / f"instances_{split}.json" for split in ("train", "val")]
+    for path in tables:  # the detector's categories
+        text = path.read_text().replace(
+            '{"id": 7, "name": "b"}, {"id": 3, "name": "a"}', '{"id": 1, "name": "disk"}, {"id": 2, "name": "square"}'
+        )
+        path.write_text(
+            text.replace('"category_id": 7', '"category_id": 1').replace('"category_id": 3', '"category_id": 2')
+        )
+    for path in (root / "images" / "val").iterdir():
+        path.write_bytes(b"no image")
+    with pytest.raises(UserError, match="none of 4 images can be read"):
+        mirl.evaluate(weights=trained, data=str(root))
+
+
 def test_a_run_cannot_go_on_with_other_categories(vit, tmp_path):
     root = write_coco(tmp_path / "coco")
     options = TINY | {"weights": vit, "data": str(root), "batch_size": 2, "epochs": 1, "out": tmp_path / "run"}
@@ -131,7 +191,7 @@ def test_a_run_cannot_go_on_with_other_categories(vit, tmp_path):
     for split in ("train", "val"):
         path = root / "annotations" / f"instances_{split}.json"
         path.write_text(path.read_text().replace('"name": "a"', '"name": "c"'))
-    with pytest.raises(UserError, match="categories .* began with"):
+    with pytest.raises(UserError, match="categories: not what the run began with"):
         mirl.detect(**options, resume=True)
 
 
@@ -257,6 +317,7 @@ def test_rates_fall_at_nine_and_eleven_twelfths(vit):
         (480, 8, "coco_1x", 400),
         (250, 16, "coco_1x", 416),
         (2000, 16, "coco_1x", 800),
+        (32, 12, "coco_1x", 48),
         (60, 8, "vitdet", 128),
         (5, 16, "coco_1x", 32),
     ],

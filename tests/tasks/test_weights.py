@@ -217,6 +217,15 @@ def test_a_file_without_its_model_is_one_line(copy):
     assert mistake(lonely) == f"{lonely}: the file holds no ViT that is known here: it lacks 'cls_token'"
 
 
+def test_a_detector_is_refused_and_its_encoder_named(tmp_path, monkeypatch):
+    about = {"settings": {"protocol": "coco_1x", "weights": "runs/a"}, "encoder": {}, "categories": []}
+    save_file({"x": torch.zeros(1)}, path := tmp_path / "detector.safetensors", {"mirl": json.dumps(about)})
+    assert mistake(path) == f"{path} holds a detector; give the encoder that it was trained from, runs/a"
+    (path := tmp_path / "backbone.onnx").touch()
+    monkeypatch.setattr("mirl.formats.graphs.read_onnx", lambda _: ({"backbone": 192}, {}))
+    assert mistake(path).startswith(f"{path} holds a detector's backbone, which cannot be read back; give the encoder ")
+
+
 def test_weights_that_lack_a_tensor_are_refused(copy):
     """Else the missing one would keep its random first values, and nobody would know."""
     path = copy / "encoder" / "model.safetensors"

@@ -1,6 +1,7 @@
 """Options of `mirl detect`, and the choices made for those that are not given."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +25,7 @@ Protocol = Literal["coco_1x", "vitdet"]
 # CAE's layer decay is 0.75 at 12 blocks and 0.85 at 24, which leaves the lowest layer about this much.
 LOWEST_SCALE, LEAST_LAYER_DECAY = 0.018, 0.75
 SMALL_PEAK = 1e-4  # smallest default peak rate: in proportion, the batch of a single GPU would hardly learn
+SMALLEST = 32  # pixels of an image's side
 COCO_SIDE = 480  # pixels, shorter side of most of COCO's images
 LARGEST = 1333 / 800  # longer side of an image, in its shorter one
 WARMUP_SHARE = 0.1  # of the run, at most
@@ -90,7 +92,8 @@ class _Detection:
     """learning rate of the heads for a batch of 32 (vitdet 64), in proportion for others; by default 3e-4 (1e-4), more
     if the peak would be under 1e-4"""
     layer_decay: float | None = None
-    """factor of the rate from each block to the one below; by default 0.018^(1/(blocks + 1)), 0.75 or more"""
+    """factor of the rate from each block to the one below; by default 0.018^(1/(blocks + 1)), 0.75 or more; 1 with
+    --untrained"""
     warmup_epochs: float | None = None
     """linear warm-up; by default 500 steps (vitdet 250), at most a tenth of the run"""
     drop_path: float | None = None
@@ -108,7 +111,7 @@ class Detection(RunOptions, _Detection):
         """Return what is allowed for numbers of detection."""
         return super().ranges() | {
             "val_fraction": (lambda x: 0 < x < 1, "more than 0 and less than 1"), "overfit": COUNT, "epochs": COUNT,
-            "image_size": (lambda x: x >= 32, "32 pixels or more"), "patch_size": COUNT,
+            "image_size": (lambda x: x >= SMALLEST, f"{SMALLEST} pixels or more"), "patch_size": COUNT,
             "width": (lambda x: x >= 8, "8 or more"), "regions": COUNT, "window": COUNT, "base_lr": POSITIVE,
             "layer_decay": (lambda x: 0 < x <= 1, "more than 0 and at most 1"), "warmup_epochs": NOT_NEGATIVE,
             "drop_path": (lambda x: 0 <= x < 1, "0 or more and less than 1"),
@@ -175,7 +178,8 @@ def resolve_detection(
         given, images=images, most=protocol.batch_size, epochs=epochs, gpu=gpu, devices=devices, precision=precision,
         on_cpu=fits,
     )  # fmt: skip
-    by_depth = max(LEAST_LAYER_DECAY, round(LOWEST_SCALE ** (1 / (depth + 1)), 2))
+    # Fresh blocks have nothing to keep.
+    by_depth = 1.0 if given.untrained else max(LEAST_LAYER_DECAY, round(LOWEST_SCALE ** (1 / (depth + 1)), 2))
     warmup = min(protocol.warmup * run["batch_size"] / images, WARMUP_SHARE * epochs)
     least = SMALL_PEAK * protocol.batch_size / run["batch_size"]
     choices = {
@@ -199,4 +203,4 @@ def default_image_size(most: int, shorter_side: float, patch_size: int) -> int:
     """
     unit = 2 * patch_size
     wanted = min(most * patch_size / 16, shorter_side * most / COCO_SIDE)
-    return max(1, round(wanted / unit)) * unit
+    return max(math.ceil(SMALLEST / unit), round(wanted / unit)) * unit
