@@ -132,6 +132,22 @@ def open_coco_splits(
     return _training(train, members[0]), InstanceSplit(test, members[1], test.file.notes)
 
 
+def open_coco_training(root: Path, *, channels: int) -> InstanceSplit:
+    """Open the training split of a folder, or the only one, whether or not there is another to judge on.
+
+    Raises:
+        UserError: as `annotation_files` and `read_annotations`; or if there are several and none is for training.
+    """
+    files = annotation_files(root)
+    if "train" not in files and len(files) > 1:
+        found = ", ".join(repr(str(path.relative_to(root))) for path in files.values())
+        raise UserError(
+            f"{str(root)!r} has annotations in {found}, none of which is for training; add a training split"
+        )
+    source = CocoInstances(read_annotations(files.get("train") or next(iter(files.values())), root, channels))
+    return _training(source, np.arange(len(source)))
+
+
 def open_coco_test(root: Path, *, channels: int) -> InstanceSplit:
     """Open the split of a folder to judge on: validation, else test, else the only one.
 

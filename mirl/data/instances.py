@@ -164,6 +164,19 @@ def open_instances(
     return open_coco_splits(_folder(data), channels=channels, val_fraction=val_fraction, seed=seed)
 
 
+def open_instance_training(data: str, *, channels: int = 3) -> InstanceSplit:
+    """Open the images to train on, whether or not there are others to judge on.
+
+    Raises:
+        UserError: as `open_instances`.
+    """
+    if data.partition(":")[0] == "shapes":
+        return _whole(_shapes(data, channels))
+    from mirl.data.coco import open_coco_training
+
+    return open_coco_training(_folder(data), channels=channels)
+
+
 def open_instance_test(data: str, *, channels: int = 3) -> InstanceSplit:
     """Open the images to judge a detector on: the validation split, else the test split, else all there is.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mirl.data.instances import open_instances
+from mirl.data.instances import open_instance_training, open_instances
 from mirl.data.sources import open_source
 from mirl.errors import UserError
 from mirl.tasks.detection import DetectTask, few
@@ -81,11 +81,12 @@ def train_detector(settings: Detection) -> Path:
         raise UserError("--weights is missing; give a run folder of mirl pretrain, or a timm name")
     precision = settings.precision if settings.precision != "auto" else processes.best_precision()
     weights = open_weights(settings.weights)
-    train, val = open_instances(
-        settings.data, channels=weights.channels, val_fraction=settings.val_fraction, seed=settings.seed
-    )
     if settings.overfit is not None:
-        train = val = few(train, settings.overfit)
+        train = val = few(open_instance_training(settings.data, channels=weights.channels), settings.overfit)
+    else:
+        train, val = open_instances(
+            settings.data, channels=weights.channels, val_fraction=settings.val_fraction, seed=settings.seed
+        )
     fabric = processes.launch(settings.devices, settings.num_nodes, precision)
     with processes.as_one(fabric):
         resolved = resolve_detection(

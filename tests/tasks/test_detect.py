@@ -18,7 +18,7 @@ from mirl.cli import main
 from mirl.data.instances import open_instances
 from mirl.data.loading import collate
 from mirl.errors import UserError
-from mirl.tasks.detection import DetectTask, few
+from mirl.tasks.detection import DetectTask
 from mirl.tasks.detection_scores import judge
 from mirl.tasks.detector import load_detector
 from mirl.tasks.settings.detection import Detection, resolve_detection
@@ -263,12 +263,15 @@ def assert_same_maps(run, path, strides):
 
 
 def test_overfit_trains_and_tests_on_the_same_images(vit, tmp_path):
-    train, _ = open_instances(TINY["data"])
-    assert few(train, 5).members.tolist() == train.members[:5].tolist()
-    run = mirl.detect(weights=vit, **TINY | {"overfit": 8, "epochs": 1}, out=tmp_path / "run")
-    assert json.loads((run / "results.json").read_text())["images"] == 8
-    with pytest.raises(UserError, match="more than the 24 training images"):
-        few(train, 25)
+    """There need be no others."""
+    root = write_coco(tmp_path / "coco")
+    (root / "annotations" / "instances_val.json").unlink()
+    options = {"weights": vit, "data": str(root), "overfit": 3, "epochs": 1, "batch_size": 3}
+    run = mirl.detect(**TINY | options, out=tmp_path / "run")
+    assert json.loads((run / "results.json").read_text())["images"] == 3
+    assert {found["image_id"] for found in json.loads((run / "detections.json").read_text())} <= {10, 20, 30}
+    with pytest.raises(UserError, match="more than the 4 training images"):
+        mirl.detect(**TINY | options | {"overfit": 5}, out=tmp_path / "other")
 
 
 def test_windows_and_jitter_train_too(vit, tmp_path):
