@@ -14,7 +14,7 @@ from mirl.tasks.detections import confident
 from mirl.training.overlays import Objects, overlay, sheet
 
 PICTURED, IN_A_ROW = 6, 3
-SHOWN = 0.5  # least score of what is drawn
+SHOWN = 0.3  # least score of what is drawn
 LONGEST = 480  # pixels of a picture's longer side
 
 

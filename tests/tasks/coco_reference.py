@@ -18,13 +18,13 @@ from mirl.tasks.average_precision import FIGURES, average_precision
 SHARED = Path(os.environ.get("MIRL_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 
 
-def real_truth():
-    """Return annotations of 100 photos: 712 objects of 80 classes, among them 5 crowds."""
+def real_truth(split="val"):
+    """Return annotations of 100 photos: of val 712 objects of 80 classes, among them 5 crowds."""
     archive = SHARED / "data" / "coco_mini" / "coco_mini.tar"
     if not archive.is_file():
         pytest.skip(f"photos with annotations are not at {archive}; set MIRL_SHARED")
     with tarfile.open(archive) as files:
-        return json.load(files.extractfile("annotations/instances_val.json"))
+        return json.load(files.extractfile(f"annotations/instances_{split}.json"))
 
 
 def reference(truth, results, kind):

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 from coco_reference import assert_equal_to_pycocotools, compressed, encoded, perturbed, real_truth
@@ -134,3 +135,16 @@ def test_the_missing_library_is_named(small, monkeypatch):
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     with pytest.raises(UserError, match=r"pip install 'mirl\[detect\]'"):
         average_precision(small, answers(small))
+
+
+def test_a_detectors_own_results_on_photographs():
+    """What a detector found in training photographs, the surest of each; docs/results.md says how it was trained."""
+    results = json.loads(Path(__file__).with_name("coco_detections.json").read_text())
+    seen = {result["image_id"] for result in results}
+    whole = real_truth("train")
+    truth = whole | {
+        "images": [image for image in whole["images"] if image["id"] in seen],
+        "annotations": [row for row in whole["annotations"] if row["image_id"] in seen],
+    }
+    found = assert_equal_to_pycocotools(truth, results)
+    assert found.images == len(seen) == 12 and found.figures["mask_ap"] > 0.2
