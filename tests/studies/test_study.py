@@ -1,6 +1,7 @@
 """`mirl study`: a study runs to its end, in pieces and after being killed, and says what it will do."""
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -103,7 +104,7 @@ def test_a_budget_is_kept(here, monkeypatch, capfd):
     mirl.study("small", next=True, minutes=0.01)
     said = capfd.readouterr().out
     assert "14 cells, 0 finished, 14 missing" in said and "next: mae_2_seed0" in said
-    assert "no missing cell fits: 1 s are left, and the shortest takes about" in said
+    assert re.search(r"no missing cell fits: [01] s are left, and the shortest takes about", said)  # slow machines: 0
     assert "no cell was timed on this machine yet" in said and "give more --minutes" in said
 
 
