@@ -17,7 +17,7 @@ from torch import Tensor
 from mirl.data.loading import Batch, Views
 from mirl.data.run_lengths import encode_mask
 from mirl.data.shapes import CLASSES, Shapes
-from mirl.data.sources import Source, open_source
+from mirl.data.sources import Source, not_there, open_source
 from mirl.errors import UserError
 
 
@@ -206,8 +206,7 @@ def _folder(data: str) -> Path:
     if root.is_file():
         raise UserError(f"{data!r} is a file; give the folder that holds annotations and images")
     if not root.is_dir():
-        open_source(data)  # says what is missing, and what there is instead
-        raise UserError(f"{data!r} has no annotations; give a folder with COCO annotations, or shapes")
+        raise UserError(not_there(data, "a folder with COCO annotations, or shapes", ("shapes",)))
     return root
 
 

@@ -159,7 +159,7 @@ def open_source(data: str | Path, *, channels: int = 3, download: bool = False) 
         return _open_list(path, channels)
     if glob.has_magic(path):
         return _open_glob(path, channels)
-    raise UserError(_missing(text))
+    raise UserError(not_there(text, ALLOWED, ("shapes", *TORCHVISION_SETS)))
 
 
 def _open_shapes(text: str, channels: int) -> Source:
@@ -275,8 +275,8 @@ def _cache_folder() -> Path:
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "mirl" / "datasets"
 
 
-def _missing(text: str) -> str:
-    """Say which part of a path is not there, and what is there under a similar name."""
+def not_there(text: str, allowed: str, built_in: Iterable[str]) -> str:
+    """Say which part of a path is missing, and which file or `built_in` name is similar, else what is `allowed`."""
     path = Path(os.path.expanduser(text))
     while not path.parent.is_dir():
         path = path.parent
@@ -285,11 +285,11 @@ def _missing(text: str) -> str:
     except OSError:
         names = []
     if path.name == text:
-        names += ["shapes", *TORCHVISION_SETS]
+        names += built_in
     by_lower_case = {name.lower(): name for name in names}
     close = difflib.get_close_matches(path.name.lower(), by_lower_case, n=3)
     similar = ", ".join(repr(str(path.parent / by_lower_case[name])) for name in close)
-    advice = f"did you mean {similar}?" if similar else f"give {ALLOWED}"
+    advice = f"did you mean {similar}?" if similar else f"give {allowed}"
     within = "" if str(path) == os.path.expanduser(text) else f" ({str(path)!r} is missing)"
     return f"{text!r} does not exist{within}; {advice}"
 

@@ -68,7 +68,8 @@ class DetectTask(RunnableTask[InstanceBatch]):
     def __init__(self, settings: ResolvedDetection, weights: Weights, train: InstanceSplit, val: InstanceSplit) -> None:
         self.settings, self.weights, self.train, self.val = settings, weights, train, val
         self.names_of_classes = [category.name for category in train.source.categories]
-        self.samples, self.about = len(train) + len(val), described(weights, train.source.categories)
+        self.samples = len(train) + (0 if val is train else len(val))  # the same images with --overfit
+        self.about = described(weights, train.source.categories)
         self.model = detector_of(settings, weights, len(self.names_of_classes), trained=not settings.untrained).train()
         self.training = InstanceViews(
             train.source, train.members, training_view(settings), key=(settings.seed, TRAINING), substitute=True

@@ -269,6 +269,7 @@ def test_overfit_trains_and_tests_on_the_same_images(vit, tmp_path):
     options = {"weights": vit, "data": str(root), "overfit": 3, "epochs": 1, "batch_size": 3}
     run = mirl.detect(**TINY | options, out=tmp_path / "run")
     assert json.loads((run / "results.json").read_text())["images"] == 3
+    assert [row["samples"] for row in rows(run, "data")] == [3]  # of which the unusable are a share
     assert {found["image_id"] for found in json.loads((run / "detections.json").read_text())} <= {10, 20, 30}
     with pytest.raises(UserError, match="more than the 4 training images"):
         mirl.detect(**TINY | options | {"overfit": 5}, out=tmp_path / "other")
@@ -336,7 +337,7 @@ def test_the_image_size_follows_the_images(shorter_side, patch, protocol, size):
     ("options", "message"),
     [
         ({"weights": None}, "--weights is missing"),
-        ({"data": "nowhere"}, "'nowhere' does not exist"),
+        ({"data": "/no/where"}, "does not exist .* give a folder with COCO annotations, or shapes"),
         ({"patch_size": 6}, "give --patch_size 16"),
         ({"protocol": "vitdet", "image_size": 60}, "no multiple of two patches .* give --image_size 64"),
         ({"batch_size": 100}, "more than the 24 training images"),
