@@ -79,7 +79,7 @@ def train_detector(settings: Detection) -> Path:
         settings = resumed(settings, read_config(settings.run_folder))
     if not settings.weights:
         raise UserError("--weights is missing; give a run folder of mirl pretrain, or a timm name")
-    precision = settings.precision if settings.precision != "auto" else processes.best_precision()
+    precision = processes.precision_of(settings.precision)
     weights = open_weights(settings.weights)
     if settings.overfit is not None:
         train = val = few(open_instance_training(settings.data, channels=weights.channels), settings.overfit)

@@ -52,7 +52,7 @@ def finetune(**options: Any) -> Path:
         settings = resumed(settings, read_config(settings.run_folder))
     if not settings.weights:
         raise UserError("--weights is missing; give a run folder of mirl pretrain, or a timm name")
-    precision = settings.precision if settings.precision != "auto" else processes.best_precision()
+    precision = processes.precision_of(settings.precision)
     weights = open_weights(settings.weights)
     train, val = open_split(
         settings.data, channels=weights.channels, val_fraction=settings.val_fraction, seed=settings.seed

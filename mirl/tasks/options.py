@@ -123,10 +123,10 @@ class ResolvedRun(RunOptions):
         return Path(self.out)
 
 
-def default_folder(data: str, otherwise: str) -> Path:
-    """Return runs/ and the name of the data."""
+def default_folder(data: str, otherwise: str, ending: str = "") -> Path:
+    """Return runs/ and the name of the data, `otherwise` where it has none, with an `ending`."""
     name = Path(data).stem if "*" not in data else otherwise
-    return Path("runs") / (name.replace(":", "-") or otherwise)
+    return Path("runs") / f"{name.replace(':', '-') or otherwise}{ending}"
 
 
 Run = TypeVar("Run", bound=RunOptions)

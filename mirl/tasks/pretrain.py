@@ -65,7 +65,7 @@ def pretrain(**options: Any) -> Path:
         settings = resumed(settings, read_config(settings.run_folder))
     elif settings.resume_from:
         settings = extended(settings)
-    precision = settings.precision if settings.precision != "auto" else processes.best_precision()
+    precision = processes.precision_of(settings.precision)
     start = open_start(settings)
     if start and not settings.model:
         settings = replace(settings, model=start.name if isinstance(start, Weights) else start.settings["model"])

@@ -17,7 +17,7 @@ from torch import Tensor
 from mirl.errors import UserError
 
 __all__ = ["Fabric", "Interrupted", "Precision", "as_one", "best_precision", "from_all", "launch", "over_processes",
-           "stop_signals"]  # fmt: skip
+           "precision_of", "stop_signals"]  # fmt: skip
 
 Precision = Literal["32", "bf16", "16"]
 
@@ -61,6 +61,11 @@ def _leave() -> None:
     """
     gc.collect()  # a model in a cycle would keep the group
     torch.distributed.destroy_process_group()
+
+
+def precision_of(choice: Literal["auto"] | Precision) -> Precision:
+    """Return what was chosen, or for auto the device's best."""
+    return best_precision() if choice == "auto" else choice
 
 
 def best_precision() -> Precision:

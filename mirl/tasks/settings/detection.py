@@ -120,10 +120,7 @@ class Detection(RunOptions, _Detection):
     @property
     def run_folder(self) -> Path:
         """Where the run goes: --out, or runs/ and the name of the data."""
-        if self.out:
-            return Path(self.out)
-        folder = default_folder(self.data, "coco")
-        return folder.with_name(f"{folder.name}_detector")
+        return Path(self.out) if self.out else default_folder(self.data, "coco", "_detector")
 
 
 @dataclass(frozen=True)

@@ -98,10 +98,7 @@ class Finetuning(RunOptions, _Finetuning):
     @property
     def run_folder(self) -> Path:
         """Where the run goes: --out, or runs/ and the name of the data."""
-        if self.out:
-            return Path(self.out)
-        folder = default_folder(self.data, "classes")
-        return folder.with_name(f"{folder.name}_finetuned")
+        return Path(self.out) if self.out else default_folder(self.data, "classes", "_finetuned")
 
 
 @dataclass(frozen=True)
