@@ -11,10 +11,10 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mirl.data.loading import Batch, Views
+from mirl.data.loading import Views
+from mirl.data.padding import PaddedBatch
 from mirl.data.run_lengths import encode_mask
 from mirl.data.shapes import CLASSES, Shapes
 from mirl.data.sources import Source, not_there, open_source
@@ -211,15 +211,9 @@ def _folder(data: str) -> Path:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InstanceBatch(Batch):
-    """Images, each padded with zeros at the right and the bottom to the largest, and their instances, not padded.
+class InstanceBatch(PaddedBatch):
+    """Images and their instances, not padded, of each image."""
 
-    Attributes:
-        sizes: int64 [b, 2], height and width of each image without the padding.
-        instances: one for each image.
-    """
-
-    sizes: Tensor
     instances: tuple[Instances, ...]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
@@ -233,18 +227,7 @@ class InstanceBatch(Batch):
     @classmethod
     def joined(cls, batches: Sequence[Self]) -> Self:
         """Return one batch of all images of `batches`; `bad` is the first's."""
-        height, width = (max(batch.images.shape[side] for batch in batches) for side in (-2, -1))
-        padded = [replace(batch, images=_padded(batch.images, height, width)) for batch in batches]
-        return replace(super().joined(padded), instances=tuple(one for batch in batches for one in batch.instances))
-
-    def unpadded(self) -> list[Tensor]:
-        """Return the images, [c, h, w] each, without their padding."""
-        sizes = self.sizes.tolist()
-        return [image[:, :height, :width] for image, (height, width) in zip(self.images, sizes, strict=True)]
-
-
-def _padded(images: Tensor, height: int, width: int) -> Tensor:
-    return F.pad(images, (0, width - images.shape[-1], 0, height - images.shape[-2]))
+        return replace(super().joined(batches), instances=tuple(one for batch in batches for one in batch.instances))
 
 
 View = Callable[[Tensor, Instances], tuple[Tensor, Instances]]

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mirl.errors import UserError
-from mirl.training.runs import RunFolder, read_config
+from mirl.training.runs import TRAINED, Command, RunFolder, command_of, read_config
 
 Row = dict[str, Any]
 KINDS = ("train", "held_out", "blocks", "gradients", "pictures", "incident")
@@ -46,9 +46,9 @@ class Run:
     written: datetime | None
 
     @property
-    def command(self) -> Literal["pretrain", "finetune", "detect"]:
-        """The command whose run it was, told by an option that only it has."""
-        return "pretrain" if "method" in self.config else "detect" if "protocol" in self.config else "finetune"
+    def command(self) -> Command:
+        """The command whose run it was."""
+        return command_of(self.config)
 
     @property
     def pretraining(self) -> bool:
@@ -68,7 +68,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        left = "detector.safetensors" if self.command == "detect" else "encoder"
+        left = TRAINED.get(self.command, "encoder")
         return self.steps is not None and self.step >= self.steps and (self.folder / left).exists()
 
     def skipped_images(self) -> dict[str, str]:

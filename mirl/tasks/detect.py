@@ -1,6 +1,5 @@
 """`mirl detect`: object detection and instance segmentation with Mask R-CNN on a pre-trained ViT. Paper: Table 4."""
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from mirl.errors import UserError
 from mirl.tasks.detection import DetectTask, few
 from mirl.tasks.detections import predict_folder
 from mirl.tasks.detector import load_detector, write_backbone
-from mirl.tasks.options import resumed
+from mirl.tasks.options import check_only, resumed
 from mirl.tasks.pretrain import typical_side
 from mirl.tasks.run import carry_out
 from mirl.tasks.settings.detection import Detection, resolve_detection
@@ -54,9 +53,7 @@ def detect(
         raise UserError(f"give --predict or --onnx with the run {run}, or --weights in its place to train")
     if not 0 <= threshold <= 1:
         raise UserError(f"--threshold {threshold} is not allowed; give 0 to 1")
-    for field in fields(settings):
-        if field.name not in WITH_A_RUN and getattr(settings, field.name) != field.default:
-            raise UserError(f"--{field.name} belongs to training; leave it out with a trained run")
+    check_only(settings, WITH_A_RUN)
     detector, categories = load_detector(run)
     if predict:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -18,14 +18,15 @@ from mirl.tasks.accuracy import write_json
 from mirl.tasks.average_precision import AveragePrecision
 from mirl.tasks.detection_pictures import draw_found, draw_training
 from mirl.tasks.detection_scores import PrecisionOfHeldOut, Results, judge, write_detections
-from mirl.tasks.detector import FILE, described, detector_of, save_detector
+from mirl.tasks.detector import described, detector_of
 from mirl.tasks.options import ResolvedRun
 from mirl.tasks.run import RunnableTask
 from mirl.tasks.settings.detection import PROTOCOLS, Detection, ResolvedDetection
+from mirl.tasks.trained import save_trained
 from mirl.training.monitors import Monitor
 from mirl.training.optimizers import adamw
 from mirl.training.processes import Fabric
-from mirl.training.runs import RunFolder
+from mirl.training.runs import TRAINED, RunFolder
 from mirl.training.schedules import learning_rate
 
 BETAS = (0.9, 0.999)
@@ -161,7 +162,7 @@ class DetectTask(RunnableTask[InstanceBatch]):
 
     def finish(self, run: RunFolder, settings: ResolvedRun) -> None:
         """Write the detector, and what the last evaluation found."""
-        save_detector(self.model, self.settings, self.about, run.path / FILE)
+        save_trained(self.model, self.settings, self.about, run.path / TRAINED["detect"])
         if self.judged is None:  # a complete run that was started again
             found, results, _ = judge(
                 self.model.eval(), self.val, self.val.source.categories, batch_size=1, workers=settings.workers

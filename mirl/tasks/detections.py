@@ -5,7 +5,6 @@ int64 [n] from 1 on, `scores` [n], `masks` bool [n, h, w]. Symbols: n objects, c
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,17 +12,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from mirl.data.instances import Category
-from mirl.data.loading import Batch, Views
+from mirl.data.loading import Batch
 from mirl.data.run_lengths import area, encode_mask
-from mirl.data.sources import ImageFiles, Source
+from mirl.data.sources import Source
 from mirl.errors import UserError
-from mirl.tasks.features import batches
+from mirl.tasks.image_folder import readable, relative_names, save_picture, unused
 from mirl.training.checkpoints import atomic
 from mirl.training.overlays import overlay
 from mirl.training.runs import console
@@ -99,7 +96,7 @@ def predict_folder(
         UserError: if no image can be read or `folder` cannot be written.
     """
     folder, names = Path(folder), [category.name for category in categories]
-    path, relative = folder / "predictions.json", _relative_names(source)
+    path, relative = folder / "predictions.json", relative_names(source)
     bad: list[tuple[str, str]] = []
     counts: Counter[str] = Counter()
     used: set[str] = set()
@@ -107,7 +104,7 @@ def predict_folder(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _growing_coco(path, categories) as add:
-            groups = _groups(_readable(source, workers, bad), batch_size)
+            groups = _groups(readable(source, workers, bad, "detecting"), batch_size)
             for index, image, everything in _detected(detect, groups, torch.device(device)):
                 objects, name = confident(everything, threshold), relative[index]
                 height, width = image.shape[-2:]
@@ -115,7 +112,7 @@ def predict_folder(
                     {"id": index + 1, "file_name": name, "width": width, "height": height},
                     coco_results([objects], [index + 1], categories),
                 )
-                _save(overlay(image, objects, names), folder / "overlays" / _unused(name, used))
+                save_picture(overlay(image, objects, names), folder / "overlays" / unused(name, used))
                 counts.update(names[label - 1] for label in objects["labels"].tolist())
                 images, hits = images + 1, hits + bool(len(objects["labels"]))
             if not images:
@@ -127,19 +124,6 @@ def predict_folder(
     console.print(_summary(counts, hits, images, threshold), markup=False)
     console.print(f"saved {path} and {folder / 'overlays'}", markup=False)
     return FolderPredictions(path, images, dict(counts.most_common()), tuple(bad))
-
-
-def _readable(source: Source, workers: int | None, bad: list[tuple[str, str]]) -> Iterator[Batch]:
-    """Read images one by one, since their sizes differ, with a progress bar; add what cannot be read to `bad`."""
-    dataset = Views(source, np.arange(len(source)), _as_it_is)
-    for batch in batches(dataset, 1, workers, "detecting"):
-        bad += batch.bad
-        if len(batch):
-            yield batch
-
-
-def _as_it_is(image: Tensor) -> Tensor:
-    return image
 
 
 def _groups(items: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
@@ -191,30 +175,6 @@ def _growing_coco(
 
 def _area(segmentation: dict[str, Any]) -> int:
     return area(segmentation["counts"], *segmentation["size"])
-
-
-def _relative_names(source: Source) -> list[str]:
-    """Return each image's path relative to the folder that was given, or to the one that all have in common."""
-    paths = [os.path.abspath(source.name_of(index)) for index in range(len(source))]
-    given = [os.path.abspath(source.root)] if isinstance(source, ImageFiles) and source.root else []
-    common = os.path.commonpath([*given, *{os.path.dirname(path) for path in paths}])
-    return [Path(os.path.relpath(path, common)).as_posix() for path in paths]
-
-
-def _unused(name: str, used: set[str]) -> str:
-    """Name a picture after an image; `a.jpg` and `a.webp` in one folder become a.png and a-2.png."""
-    stem = os.path.splitext(name)[0]
-    number, chosen = 1, stem
-    while chosen in used:
-        number += 1
-        chosen = f"{stem}-{number}"
-    used.add(chosen)
-    return f"{chosen}.png"
-
-
-def _save(picture: Tensor, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path, format="PNG")
 
 
 def _summary(counts: Counter[str], hits: int, images: int, threshold: float) -> str:

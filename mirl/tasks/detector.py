@@ -1,30 +1,23 @@
 """A trained detector on disk: `detector.safetensors` of a run, with everything that builds it again."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mirl.data.instances import Category
-from mirl.errors import UserError
 from mirl.formats.graphs import save_onnx
 from mirl.heads.mask_rcnn import Detector, DetectorShape, build_detector
 from mirl.heads.pyramid import build_plain, build_windowed, unfuse
-from mirl.models.weights import State, Weights
+from mirl.models.weights import Weights
 from mirl.tasks.settings.detection import ResolvedDetection
-from mirl.tasks.weights import about
-from mirl.training.checkpoints import atomic, load_newest, save_tensors
-from mirl.training.runs import console, read_config
+from mirl.tasks.trained import Facts, as_it_says, form_of, read_trained, weights_of
+from mirl.training.runs import console
 
-FILE = "detector.safetensors"
 PROPOSALS = 1000  # of an image, both protocols'; fewer where fewer are trained on
-ENCODER = "backbone.pyramid.encoder."  # before the names of the encoder's tensors
 
 
 def detector_of(settings: ResolvedDetection, weights: Weights, classes: int, *, trained: bool = True) -> Detector:
@@ -57,32 +50,12 @@ def detector_of(settings: ResolvedDetection, weights: Weights, classes: int, *, 
     )  # fmt: skip
 
 
-def described(weights: Weights, categories: Sequence[Category]) -> dict[str, Any]:
+def described(weights: Weights, categories: Sequence[Category]) -> Facts:
     """Return what, beside the options, builds a detector: its encoder's form and its categories."""
-    form = {name: value for name, value in about(weights).items() if name != "classes"}
     return {
-        "encoder": json.loads(json.dumps(form | {"depth": weights.full_depth or weights.depth})),
+        "encoder": form_of(weights),
         "categories": [[category.id, category.name] for category in categories],
     }
-
-
-def save_detector(model: Detector, settings: ResolvedDetection, facts: dict[str, Any], path: Path) -> None:
-    """Write a detector; `facts` are from `described`."""
-    state = {name: value.detach().contiguous().cpu() for name, value in model.state_dict().items()}
-    with atomic(path) as temporary:
-        save_tensors(state, temporary, mirl=json.dumps({"settings": settings.saved(), **facts}))
-
-
-def holds_detector(weights: str | Path) -> bool:
-    """Tell whether `load_detector` is what opens `weights`."""
-    path = Path(weights).expanduser()
-    if path.suffix == ".safetensors" and path.is_file():
-        try:
-            with safe_open(path, "pt") as file:
-                return "categories" in json.loads((file.metadata() or {}).get("mirl", "{}"))
-        except (OSError, SafetensorError, json.JSONDecodeError):
-            return path.name == FILE
-    return (path / FILE).exists() or ((path / "config.yaml").exists() and "protocol" in read_config(path))
 
 
 def load_detector(weights: str | Path) -> tuple[Detector, tuple[Category, ...]]:
@@ -97,44 +70,13 @@ def load_detector(weights: str | Path) -> tuple[Detector, tuple[Category, ...]]:
     Raises:
         UserError: if there is no detector in it.
     """
-    path = Path(weights).expanduser()
-    facts, state = _read(path if path.suffix == ".safetensors" else path / FILE)
-    try:
+    facts, state = read_trained(weights, "detect")
+    with as_it_says(weights, "detect"):
         settings = ResolvedDetection(**facts["settings"])
-        form = facts["encoder"]
         categories = tuple(Category(number, name) for number, name in facts["categories"])
-        encoder = {name.removeprefix(ENCODER): value for name, value in state.items() if name.startswith(ENCODER)}
-        built = Weights(
-            form["architecture"], form["arguments"], encoder, tuple(form["mean"]), tuple(form["deviation"]),
-            full_depth=form["depth"],
-        )  # fmt: skip
-        model = detector_of(settings, built, len(categories), trained=False)
+        model = detector_of(settings, weights_of(facts["encoder"], state), len(categories), trained=False)
         model.load_state_dict(state)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{weights} is not the detector that it says ({reason}); train it again") from error
     return model.eval(), categories
-
-
-def _read(path: Path) -> tuple[dict[str, Any], State]:
-    """Return what describes a detector and its tensors: of the file, or of an unfinished run's newest checkpoint."""
-    if path.exists():
-        try:
-            with safe_open(path, "pt") as file:
-                facts = json.loads((file.metadata() or {}).get("mirl", "{}"))
-            return facts, load_file(path)
-        except (OSError, SafetensorError, json.JSONDecodeError) as error:
-            raise UserError(f"{path} cannot be read ({error}); give a run folder of mirl detect") from error
-    run = path.parent
-    if path.name != FILE or not holds_detector(run):
-        shown = run if path.name == FILE else path
-        raise UserError(f"{shown} holds no detector; give a run folder of mirl detect")
-    settings = read_config(run)
-    state = load_newest(run / "checkpoints", console.print)
-    if state is None:
-        raise UserError(f"{run} holds no detector yet; finish it with mirl detect --out {run} --resume")
-    console.print(f"{run} is not finished: using its checkpoint of step {state['step']}", markup=False)
-    return {"settings": settings, **state["about"]}, state["model"]
 
 
 def write_backbone(detector: Detector, path: Path) -> Path:

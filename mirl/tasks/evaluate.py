@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from scipy.special import softmax
 from sklearn.metrics import confusion_matrix
 from torch import Tensor
@@ -24,17 +23,16 @@ from mirl.data.transforms import evaluation_view
 from mirl.errors import UserError
 from mirl.tasks.accuracy import Accuracy, Predictions, accuracy, predict, write_json
 from mirl.tasks.average_precision import AveragePrecision
+from mirl.tasks.confusion import draw_confusion
 from mirl.tasks.detection_scores import evaluate_detector
-from mirl.tasks.detector import holds_detector
 from mirl.tasks.options import COUNT, NOT_NEGATIVE, Options, Ranges
+from mirl.tasks.trained import trained_by
 from mirl.tasks.weights import open_weights
-from mirl.training.checkpoints import atomic
 from mirl.training.pictures import contact_sheet
 from mirl.training.runs import console
 
 WORST = 40
 CALIBRATION_BINS = 15
-NAMED = 40  # most classes whose names fit beside a confusion matrix
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def evaluate(**options: Any) -> Evaluation | AveragePrecision:
     settings = EvaluateOptions(**options)
     if not settings.weights:
         raise UserError("--weights is missing; give a run folder of mirl finetune or mirl detect")
-    if holds_detector(settings.weights):
+    if trained_by(settings.weights) == "detect":
         return evaluate_detector(
             settings.weights, settings.data, _folder(settings), batch_size=settings.batch_size or 1,
             workers=settings.workers,
@@ -133,24 +131,6 @@ def judge(found: Predictions, classes: tuple[str, ...]) -> Evaluation:
         float(probabilities.max(axis=1).mean()),
         confusion_matrix(found.labels, said, labels=np.arange(len(classes))).tolist(),
     )
-
-
-def draw_confusion(confusion: list[list[int]], classes: tuple[str, ...], path: Path) -> None:
-    """Draw the share of each true class (row) that was said to be each class (column) to a PNG."""
-    counts = np.array(confusion)
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    named = len(classes) <= NAMED
-    side = 2.5 + 0.28 * len(classes) if named else 9
-    figure = Figure(figsize=(side + 0.8, side), dpi=110, layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
-    figure.colorbar(image, ax=axes, label="% of the true class", shrink=0.8)
-    axes.set(xlabel="said", ylabel="true")
-    if named:
-        axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7, parse_math=False)
-        axes.set_yticks(range(len(classes)), classes, fontsize=7, parse_math=False)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png")
 
 
 def draw_worst(

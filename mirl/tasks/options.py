@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -127,6 +127,13 @@ def default_folder(data: str, otherwise: str, ending: str = "") -> Path:
     """Return runs/ and the name of the data, `otherwise` where it has none, with an `ending`."""
     name = Path(data).stem if "*" not in data else otherwise
     return Path("runs") / f"{name.replace(':', '-') or otherwise}{ending}"
+
+
+def check_only(given: Options, allowed: Sequence[str]) -> None:
+    """Raise UserError if an option is given that has no meaning where nothing is trained."""
+    for field in dataclasses.fields(given):
+        if field.name not in allowed and getattr(given, field.name) != field.default:
+            raise UserError(f"--{field.name} belongs to training; leave it out with a trained run")
 
 
 Run = TypeVar("Run", bound=RunOptions)

@@ -27,7 +27,7 @@ from mirl.models.patches import Size, pair
 from mirl.models.weights import AutoencoderWeights, State, Weights, depth_of
 from mirl.tasks.settings.pretraining import Resolved, autoencoder_of
 from mirl.training.checkpoints import load_newest
-from mirl.training.runs import read_config
+from mirl.training.runs import NOUNS, command_of, read_config
 
 ALLOWED = (
     "a run folder, its encoder/, a file that mirl wrote, an official MIRL (.pd) or MAE (.pth) checkpoint, a folder of "
@@ -282,8 +282,8 @@ def about(weights: Weights | AutoencoderWeights) -> dict[str, Any]:
 def _described(path: Path, about: dict[str, Any], state: State) -> Weights | AutoencoderWeights:
     """Return what a file says its tensors are, once they are found to be that."""
     parts = set(about) if isinstance(about, dict) else set()
-    if {"settings", "categories"} <= parts:
-        raise _holds_detector(path, about["settings"]["weights"])
+    if {"settings", "encoder"} <= parts:
+        raise _holds_heads(path, about["settings"])
     if "backbone" in parts:
         raise UserError(
             f"{path} holds a detector's backbone, which cannot be read back; give the encoder that the detector was "
@@ -306,8 +306,8 @@ def _described(path: Path, about: dict[str, Any], state: State) -> Weights | Aut
 def _from_unfinished(run: Path, say: Say) -> AutoencoderWeights:
     state = load_newest(run / "checkpoints", say)
     settings = read_config(run)
-    if "protocol" in settings:
-        raise _holds_detector(run, settings["weights"])
+    if command_of(settings) in NOUNS:
+        raise _holds_heads(run, settings)
     if state is None or "method" not in settings:
         remedy = f"finish it with mirl pretrain --out {run} --resume" if "method" in settings else "finish it first"
         raise UserError(f"{run} holds no encoder yet; {remedy}")
@@ -315,8 +315,9 @@ def _from_unfinished(run: Path, say: Say) -> AutoencoderWeights:
     return AutoencoderWeights(settings, without_features(state["model"]))
 
 
-def _holds_detector(path: Path, encoder: str) -> UserError:
-    return UserError(f"{path} holds a detector; give the encoder that it was trained from, {encoder}")
+def _holds_heads(path: Path, settings: dict[str, Any]) -> UserError:
+    noun = NOUNS[command_of(settings)]
+    return UserError(f"{path} holds a {noun}; give the encoder that it was trained from, {settings['weights']}")
 
 
 def _from_paddle(

@@ -1,7 +1,7 @@
 """The run folder: who may write it, what it holds, how a run is found again.
 
 config.yaml  log.txt  metrics.jsonl  tensorboard/  checkpoints/  encoder/  autoencoder.safetensors
-detector.safetensors  pictures/  results.json  report.html
+detector.safetensors or segmenter.safetensors  pictures/  results.json  report.html
 """
 
 import json
@@ -21,9 +21,14 @@ from mirl.training.checkpoints import atomic
 ENTRIES = (
     *("config.yaml", "log.txt", "metrics.jsonl", "tensorboard", "checkpoints", "encoder", "autoencoder.safetensors"),
     *("encoder.tmp", "pictures", "results.json", "readouts", "evaluations", "detector.safetensors", "detections.json"),
-    "predictions",
+    *("segmenter.safetensors", "confusion.csv", "confusion.png", "predictions"),
     *("report.html", "reconstructions", "diagnosis"),
 )
+Command = Literal["pretrain", "finetune", "detect", "segment"]
+# An option that only the command has, and the file of a model with heads that it leaves.
+TOLD_BY: dict[Command, str] = {"pretrain": "method", "detect": "protocol", "segment": "crop_size"}
+TRAINED: dict[Command, str] = {"detect": "detector.safetensors", "segment": "segmenter.safetensors"}
+NOUNS: dict[Command, str] = {"detect": "detector", "segment": "segmenter"}
 Incident = Literal["resumed", "stopped", "skipped step", "unusable file", "memory", "failed"]
 console = Console(highlight=False, soft_wrap=True, emoji=False)  # "shapes:100" is not an emoji
 
@@ -152,6 +157,11 @@ def read_config(path: str | Path) -> dict[str, Any]:
         ) from error
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise UserError(f"{path}/config.yaml cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def command_of(config: dict[str, Any]) -> Command:
+    """Return the command whose run has these settings."""
+    return next((command for command, option in TOLD_BY.items() if option in config), "finetune")
 
 
 def duration(seconds: float) -> str:
