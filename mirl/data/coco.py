@@ -6,14 +6,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from mirl.data.coco_annotations import CocoFile, corners, read_annotations
 from mirl.data.coco_layout import annotation_files, held_out_file
-from mirl.data.decode import BadImage, image_to_tensor, only_bad_image, openable_formats
+from mirl.data.decode import BadImage
 from mirl.data.instances import Category, Instances, InstanceSplit
+from mirl.data.oriented import read_as_annotated
 from mirl.data.run_lengths import decode
+from mirl.data.splits import divided
 from mirl.errors import UserError
 
 
@@ -35,18 +36,9 @@ class CocoInstances:
         return int(self.file.images.ids[index])
 
     def read(self, index: int) -> Tensor:
-        """Return uint8 [c, h, w] as it was annotated, or raise `BadImage`.
-
-        Annotation tools show images upright, so this is how they are read. Where only the stored pixels have the
-        annotations' height and width, it was done without regard to the EXIF orientation, and so are they read.
-        """
-        files, size = self.file.images.files, tuple(self.file.images.sizes[index].tolist())
-        image = files.read(index)
-        if image.shape[-2:] == size:
-            return image
-        if image.shape[:-3:-1] == size:
-            with only_bad_image(), Image.open(files.path_of(index), formats=openable_formats()) as stored:
-                image = image_to_tensor(stored, files.channels)
+        """Return uint8 [c, h, w], turned as it was annotated, or raise `BadImage`."""
+        size = tuple(self.file.images.sizes[index].tolist())
+        image = read_as_annotated(self.file.images.files, index, size)
         if image.shape[-2:] != size:
             height, width = image.shape[-2:]
             raise BadImage(f"is {height}x{width} px, but its annotations are of {size[0]}x{size[1]} px")
@@ -128,7 +120,7 @@ def open_coco_splits(
         raise UserError(f"--val_fraction splits a single annotation file, but {str(root)!r} has {found}; keep one")
     else:
         train = test = CocoInstances(read_annotations(next(iter(files.values())), root, channels))
-        members = _divided(train, val_fraction, seed)
+        members = divided(len(train), val_fraction, seed, str(train.file.path))
     return _training(train, members[0]), InstanceSplit(test, members[1], test.file.notes)
 
 
@@ -167,15 +159,6 @@ def _training(source: CocoInstances, members: np.ndarray) -> InstanceSplit:
     if left_out := len(members) - len(kept):
         notes = (*notes, f"{left_out} image{'s' if left_out > 1 else ''} without instances not trained on")
     return InstanceSplit(source, kept, notes)
-
-
-def _divided(source: CocoInstances, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the images to train on and at least one to hold out."""
-    if len(source) < 2:
-        raise UserError(f"{str(source.file.path)!r} has a single image; a split needs two or more")
-    order = np.random.default_rng(seed).permutation(len(source))
-    count = min(len(source) - 1, max(1, round(fraction * len(source))))
-    return np.sort(order[count:]), np.sort(order[:count])
 
 
 def _check_same_categories(train: CocoInstances, test: CocoInstances) -> None:

@@ -7,8 +7,9 @@ import torch
 
 from mirl.data.instances import open_instance_training, open_instances
 from mirl.data.sources import open_source
+from mirl.data.splits import few
 from mirl.errors import UserError
-from mirl.tasks.detection import DetectTask, few
+from mirl.tasks.detection import DetectTask
 from mirl.tasks.detections import predict_folder
 from mirl.tasks.detector import load_detector, write_backbone
 from mirl.tasks.options import check_only, resumed

@@ -1,7 +1,6 @@
 """The task that `mirl detect` trains: Mask R-CNN on a ViT, its data, losses, rates and results. Paper: Table 4."""
 
 import shlex
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 from mirl.data.instance_views import coco_view, jitter_view, whole_view
 from mirl.data.instances import InstanceBatch, Instances, InstanceSplit, InstanceViews, View
 from mirl.data.loading import collate
-from mirl.errors import UserError
 from mirl.heads.mask_rcnn import Detector
 from mirl.models.weights import Weights
 from mirl.tasks.accuracy import write_json
@@ -31,17 +29,6 @@ from mirl.training.schedules import learning_rate
 
 BETAS = (0.9, 0.999)
 TRAINING, HELD_OUT = 0, 1
-
-
-def few(split: InstanceSplit, count: int) -> InstanceSplit:
-    """Return the first images of a split.
-
-    Raises:
-        UserError: if there are not so many.
-    """
-    if count > len(split):
-        raise UserError(f"--overfit {count} is more than the {len(split)} training images; give at most {len(split)}")
-    return replace(split, members=split.members[:count])
 
 
 def training_view(settings: ResolvedDetection) -> View:
