@@ -23,6 +23,7 @@ DOORS = {
     "bokeh": "mirl.reports.charts",
     "lightning_fabric": "mirl.training.processes",
     "jsonargparse": "mirl.cli",
+    "segmentation_models_pytorch": "mirl.heads.upernet",
     "tensorboard": "mirl.training.monitors",
 }
 MODULES = {

@@ -5,6 +5,7 @@ scales the last map alone (ViTDet). Symbols: b images, c channels, h and w pixel
 encoder's width.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from mirl.errors import UserError
 from mirl.models.encoder import check_sizes
 from mirl.models.patches import Size, grid_size
-from mirl.models.weights import Weights
+from mirl.models.weights import State, Weights
 
 SHARES = ((1, 3), (1, 2), (2, 3), (1, 1))  # of the depth, after which the pyramid reads; BEiT's and CAE's
 
@@ -163,10 +164,9 @@ def build_windowed(
         UserError: as `build_plain`; or if the weights are not of a plain ViT.
     """
     plain = build_plain(weights, image_size=image_size, drop_path=drop_path, **changes)
+    plain_only = PlainOnly("windows need", "use --protocol coco_1x")
     depth, block = len(plain.blocks), plain.blocks[0]
-    for part, expected in ((block, Block), (getattr(block, "mlp", None), Mlp)):
-        if type(part) is not expected:
-            raise _not_plain(f"their {type(part).__name__}")
+    plain_only.check_blocks(plain)
     state = {name: value for name, value in plain.state_dict().items() if name not in ("cls_token", "reg_token")}
     encoder = VisionTransformerSAM(
         img_size=image_size, patch_size=plain.patch_embed.patch_size, in_chans=weights.channels, num_classes=0,
@@ -178,11 +178,7 @@ def build_windowed(
     )  # fmt: skip
     encoder.neck = nn.Identity()  # a final norm, which no pyramid reads
     state["pos_embed"] = _positions(plain)
-    given, own = ({name: value.shape for name, value in each.items()} for each in (state, encoder.state_dict()))
-    for name in given | own:
-        if given.get(name) != own.get(name) and ".rel_pos_" not in name:
-            raise _not_plain(name)
-    encoder.load_state_dict(state, strict=False)
+    plain_only.load(state, encoder, fresh=".rel_pos_")
     encoder.set_grad_checkpointing(checkpointing)
     return encoder.eval()
 
@@ -199,8 +195,38 @@ def unfuse(model: nn.Module) -> None:
             module.fused_attn = False  # type: ignore[assignment]
 
 
-def _not_plain(what: str) -> UserError:
-    return UserError(f"windows need a plain ViT, but the weights differ in {what}; use --protocol coco_1x")
+@dataclass(frozen=True)
+class PlainOnly:
+    """Takes weights of a plain ViT alone.
+
+    Attributes:
+        needs, remedy: beginning and end of the error for others, e.g. "windows need", "use --protocol coco_1x".
+    """
+
+    needs: str
+    remedy: str
+
+    def check_blocks(self, encoder: VisionTransformer) -> None:
+        """Raise UserError if blocks are not those of the plain ViT, whose names others may share."""
+        block = encoder.blocks[0]
+        for part, expected in ((block, Block), (getattr(block, "mlp", None), Mlp)):
+            if type(part) is not expected:
+                raise self._error(f"their {type(part).__name__}")
+
+    def load(self, state: State, encoder: nn.Module, fresh: str) -> None:
+        """Load `state` into `encoder`, which may have tensors of its own where `fresh` is in their names.
+
+        Raises:
+            UserError: if other names or shapes differ.
+        """
+        given, own = ({name: value.shape for name, value in each.items()} for each in (state, encoder.state_dict()))
+        for name in given | own:
+            if given.get(name) != own.get(name) and fresh not in name:
+                raise self._error(name)
+        encoder.load_state_dict(state, strict=False)
+
+    def _error(self, difference: str) -> UserError:
+        return UserError(f"{self.needs} a plain ViT, but the weights differ in {difference}; {self.remedy}")
 
 
 def _positions(plain: VisionTransformer) -> Tensor:
