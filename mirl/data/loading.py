@@ -217,6 +217,12 @@ def collate(samples: Sequence[B]) -> B:
     return replace(read[0].joined(read), bad=tuple(bad for sample in samples for bad in sample.bad))
 
 
+def spread(views: Views, count: int) -> Batch:
+    """Read `count` images from all over a data set, as epoch 0 has them; fewer if some cannot be read."""
+    chosen = np.unique(np.linspace(0, len(views) - 1, count).astype(int))
+    return collate([views[0, int(index)] for index in chosen])
+
+
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     """Return the order in which an epoch visits `count` samples."""
     return np.random.default_rng((seed, epoch)).permutation(count)

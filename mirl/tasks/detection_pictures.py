@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
 from mirl.data.instances import InstanceBatch, InstanceViews
-from mirl.data.loading import collate
+from mirl.data.loading import spread
 from mirl.heads.mask_rcnn import Detector
 from mirl.tasks.detection_scores import find
 from mirl.tasks.detections import confident
@@ -20,8 +19,8 @@ LONGEST = 480  # pixels of a picture's longer side
 
 def draw_training(views: InstanceViews, names: Sequence[str], path: Path) -> None:
     """Draw some training views with their instances to a PNG at `path`."""
-    shown = _some(views)
-    if shown is None:
+    shown = spread(views, PICTURED)
+    if not isinstance(shown, InstanceBatch):  # none of them can be read
         return
     pictures = _overlays(shown, [one.target() for one in shown.instances], names)
     across = min(IN_A_ROW, len(pictures))
@@ -31,21 +30,14 @@ def draw_training(views: InstanceViews, names: Sequence[str], path: Path) -> Non
 
 def draw_found(model: Detector, views: InstanceViews, names: Sequence[str], path: Path, title: str) -> None:
     """Draw truth and what `model`, in evaluation mode, finds in some images to a PNG at `path`."""
-    shown = _some(views)
-    if shown is None:
+    shown = spread(views, PICTURED)
+    if not isinstance(shown, InstanceBatch):  # none of them can be read
         return
     device = next(model.parameters()).device
     found = [confident(find(model, image.to(device))[0], SHOWN) for image in shown.pieces(1)]
     truth = [one.target() for one in shown.instances]
     rows = zip(_overlays(shown, truth, names), _overlays(shown, found, names), strict=True)
     sheet([list(row) for row in rows], ("truth", f"found, score {SHOWN} or more"), path, title)
-
-
-def _some(views: InstanceViews) -> InstanceBatch | None:
-    """Read images from all over a data set; None if none of them can be read."""
-    spread = np.unique(np.linspace(0, len(views) - 1, PICTURED).astype(int))
-    batch = collate([views[0, int(i)] for i in spread])
-    return batch if isinstance(batch, InstanceBatch) else None
 
 
 def _overlays(batch: InstanceBatch, objects: Sequence[Objects], names: Sequence[str]) -> list[Tensor]:

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mirl.data.labels import LabelledSource, open_split
-from mirl.data.loading import Batch, LabelledBatch, LabelledImages, collate
+from mirl.data.loading import Batch, LabelledBatch, LabelledImages, spread
 from mirl.data.transforms import augmented_view, evaluation_view, standardise
 from mirl.errors import UserError
 from mirl.models.encoder import check_sizes
@@ -177,13 +176,12 @@ class FinetuneTask(RunnableTask[Batch]):
 
     def draw(self, run: RunFolder, _: Monitor, step: int, epoch: float) -> None:
         """Write what the classifier is shown, before the first step, and what it says of held-out images."""
-        spread = np.unique(np.linspace(0, len(self.held_out) - 1, PICTURED).astype(int))
         if step == 0:
-            shown = collate([self.training[0, int(i)] for i in spread % len(self.training)])
+            shown = spread(self.training, PICTURED)
             contact_sheet(
                 shown.images, self._class_names(shown), run.pictures / "augmented.png", "training images, before mixing"
             )
-        batch = collate([self.held_out[0, int(i)] for i in spread])
+        batch = spread(self.held_out, PICTURED)
         if not len(batch):
             return
         device = next(self.model.parameters()).device

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mirl.data.decode import BadImage
 from mirl.data.labels import LabelledSource, is_one_folder, open_split
-from mirl.data.loading import MaskedBatch, MaskedImages, collate
+from mirl.data.loading import MaskedBatch, MaskedImages, spread
 from mirl.data.sources import Source, open_source
 from mirl.data.transforms import fixed_view, normalise, training_view
 from mirl.errors import UserError
@@ -222,8 +222,7 @@ class PretrainTask(RunnableTask[MaskedBatch]):
         if self.blocks:
             self.blocks.observe(run, monitor, step, epoch)
         device = self.model.positions.device
-        spread = np.unique(np.linspace(0, len(self.held_out) - 1, PICTURED).astype(int))
-        batch = cast(MaskedBatch, collate([self.held_out[0, int(i)] for i in spread])).to(device)
+        batch = cast(MaskedBatch, spread(self.held_out, PICTURED)).to(device)
         patches = patchify(normalise(batch.images, self.settings.channels), self.patch_size)
         predictions, _ = self.model.parted(self.model(patches, batch.visible, batch.masked, all_patches=True))
         columns = panels(compose(
