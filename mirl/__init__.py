@@ -26,9 +26,12 @@ if TYPE_CHECKING:
     from mirl.tasks.knn import KNNOptions, knn
     from mirl.tasks.pretrain import pretrain
     from mirl.tasks.probe import ProbeOptions, probe
+    from mirl.tasks.segment import segment
+    from mirl.tasks.segmenter import load_segmenter
     from mirl.tasks.settings.detection import Detection
     from mirl.tasks.settings.finetuning import Finetuning
     from mirl.tasks.settings.pretraining import Pretraining
+    from mirl.tasks.settings.segmentation import Segmentation
     from mirl.tasks.weights import load_autoencoder, load_encoder
 
 _HOMES = {
@@ -39,6 +42,9 @@ _HOMES = {
     "detect": "mirl.tasks.detect",
     "Detection": "mirl.tasks.settings.detection",
     "load_detector": "mirl.tasks.detector",
+    "segment": "mirl.tasks.segment",
+    "Segmentation": "mirl.tasks.settings.segmentation",
+    "load_segmenter": "mirl.tasks.segmenter",
     "evaluate": "mirl.tasks.evaluate",
     "EvaluateOptions": "mirl.tasks.evaluate",
     "probe": "mirl.tasks.probe",
@@ -62,9 +68,10 @@ _HOMES = {
     "UserError": "mirl.errors",
 }
 __all__ = ["Conversion", "Detection", "DiagnoseOptions", "EmbedOptions", "EvaluateOptions", "Finetuning",
-           "KNNOptions", "Pretraining", "ProbeOptions", "Reconstructor", "UserError", "__version__", "app",
-           "convert", "detect", "diagnose", "embed", "evaluate", "finetune", "info", "knn", "load_autoencoder",
-           "load_detector", "load_encoder", "pretrain", "probe", "reconstruct", "report", "study"]  # fmt: skip
+           "KNNOptions", "Pretraining", "ProbeOptions", "Reconstructor", "Segmentation", "UserError",
+           "__version__", "app", "convert", "detect", "diagnose", "embed", "evaluate", "finetune", "info",
+           "knn", "load_autoencoder", "load_detector", "load_encoder", "load_segmenter", "pretrain",
+           "probe", "reconstruct", "report", "segment", "study"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -16,11 +16,12 @@ from mirl.models.encoder import build_encoder, parse_model
 from mirl.tasks.settings.detection import Detection, resolve_detection
 from mirl.tasks.settings.finetuning import Finetuning, resolve_finetuning
 from mirl.tasks.settings.pretraining import Pretraining, autoencoder_of, decoder_shape, method_of, resolve
+from mirl.tasks.settings.segmentation import Segmentation, resolve_segmentation
 from mirl.training.optimizers import adamw
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FILES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
-RECIPES = [path for path in FILES if path.parent.name in ("pretrain", "finetune", "detect")]
+RECIPES = [path for path in FILES if path.parent.name in ("pretrain", "finetune", "detect", "segment")]
 ROWS = [path for path in FILES if path not in RECIPES]
 MACHINE = {"images": 1_281_167, "gpu": False, "devices": 1, "precision": "32"}
 MODELS = {"vit_s_12", "vit_b_12", "vit_s_54", "vit_b_24", "vit_l_24", "vit_b_48"}
@@ -76,6 +77,7 @@ def test_there_are_recipes_for_the_papers_models_and_the_official_code():
     assert MODELS | {"official_vit_s_54", "official_vit_b_48", "demo", "shapes", "cifar10"} == set(recipes("pretrain"))
     assert MODELS | {"cifar10"} == set(recipes("finetune"))
     assert {"vit_b_12", "vit_b_24", "vit_s_54", "vit_b_48", "vitdet_vit_b_12", "shapes"} == set(recipes("detect"))
+    assert {"vit_b_12", "vit_b_24", "vit_s_54", "vit_b_48", "camvid", "shapes"} == set(recipes("segment"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -93,6 +95,11 @@ def test_a_recipe_says_what_it_is_and_builds(path):
     if kind == "detect":
         given = Detection(**options | {"weights": "x"})
         resolved = resolve_detection(given, shorter_side=480, depth=12, patch_size=16, **MACHINE)
+        assert options == {name: getattr(resolved, name) for name in options}
+        return
+    if kind == "segment":
+        given = Segmentation(**options | {"weights": "x"})
+        resolved = resolve_segmentation(given, shorter_side=512, depth=12, width=768, patch_size=16, **MACHINE)
         assert options == {name: getattr(resolved, name) for name in options}
         return
     settings = resolve(Pretraining(**options), shorter_side=256, **MACHINE)
@@ -303,3 +310,19 @@ def test_detection_recipes_have_table_4s_figures_and_its_schedule():
         depth = parse_model(name)[2]
         lowest = options["layer_decay"] ** (depth + 1)  # CAE's: 0.75 at 12 blocks, 0.85 at 24
         assert 0.85**25 * 0.9 < lowest <= 0.75**13 * 1.001, name
+
+
+def test_segmentation_recipes_have_table_5s_figure_and_beits_protocol():
+    assert "Table 5" in (text := recipes("segment")["vit_b_48"].read_text()) and "53.2 mIoU" in text
+    for name in ("vit_b_12", "vit_b_24", "vit_s_54", "vit_b_48"):
+        text = recipes("segment")[name].read_text()
+        options = yaml.safe_load(text)
+        assert "Not run here." in text
+        steps = options["epochs"] * (20_210 // options["batch_size"])
+        assert steps == pytest.approx(160_000, rel=0.005)
+        assert options["warmup_epochs"] * 20_210 / options["batch_size"] == pytest.approx(1500, rel=0.005)
+        assert (options["crop_size"], options["stride"], options["relative_positions"]) == (512, 341, True)
+        width, _, depth = parse_model(name)
+        assert options["width"] == width
+        lowest = options["layer_decay"] ** (depth + 1)  # BEiT's 0.65 at 12 blocks, about 0.88 at 48
+        assert 0.65**13 / 2 < lowest < 0.65**13 * 1.01, name

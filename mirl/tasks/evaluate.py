@@ -1,6 +1,6 @@
 """`mirl evaluate`: how good a fine-tuned classifier is on other images, where it errs, and whether it knows.
 
-Of a detector: its average precision.
+Of a detector: its average precision. Of a segmenter: its mean intersection over union.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,9 @@ from mirl.tasks.accuracy import Accuracy, Predictions, accuracy, predict, write_
 from mirl.tasks.average_precision import AveragePrecision
 from mirl.tasks.confusion import draw_confusion
 from mirl.tasks.detection_scores import evaluate_detector
+from mirl.tasks.mean_iou import Segmentation
 from mirl.tasks.options import COUNT, NOT_NEGATIVE, Options, Ranges
+from mirl.tasks.segmentation_scores import evaluate_segmenter
 from mirl.tasks.trained import trained_by
 from mirl.tasks.weights import open_weights
 from mirl.training.pictures import contact_sheet
@@ -40,12 +42,14 @@ class EvaluateOptions(Options):
     """Options of `mirl evaluate`."""
 
     weights: str | None = None
-    """run folder of mirl finetune, or its encoder/; or a run folder of mirl detect"""
+    """run folder of mirl finetune, or its encoder/; or a run folder of mirl detect or mirl segment"""
     data: str = "shapes"
     """class folders, some or all of the classifier's; of a folder with val/ or test/ that one; for a detector a folder
-    with COCO annotations; or `shapes`"""
+    with COCO annotations, for a segmenter one with images/ and labels/; or `shapes`"""
+    multi_scale: bool = False
+    """for a segmenter: average six sizes of each image and their mirror images"""
     batch_size: int | None = None
-    """images computed at once; by default 64, for a detector 1"""
+    """images computed at once; by default 64, for a detector 1; a segmenter takes them one by one"""
     workers: int | None = None
     """data workers; by default one per core of a GPU, at most 16; on a CPU few or none"""
     out: str | None = None
@@ -72,22 +76,31 @@ class Evaluation:
     confusion: list[list[int]]
 
 
-def evaluate(**options: Any) -> Evaluation | AveragePrecision:
-    """Judge a fine-tuned classifier on class folders, or a detector on COCO annotations, and write what was found.
+def evaluate(**options: Any) -> Evaluation | AveragePrecision | Segmentation:
+    """Judge a classifier on class folders, a detector on COCO annotations, or a segmenter on label maps.
 
     Of a classifier: accuracies and the expected calibration error as JSON, the confusion matrix, and the worst mistakes
     as a contact sheet. Of a detector: average precision, also of each class, as JSON, and what it found in COCO's
-    format of results. Takes the fields of `mirl.EvaluateOptions`.
+    format of results. Of a segmenter: mean IoU and that of each class as JSON, the confusion as picture and table.
+    Takes the fields of `mirl.EvaluateOptions`.
 
     Raises:
         UserError: on a mistake in options, weights or data.
     """
     settings = EvaluateOptions(**options)
     if not settings.weights:
-        raise UserError("--weights is missing; give a run folder of mirl finetune or mirl detect")
-    if trained_by(settings.weights) == "detect":
+        raise UserError("--weights is missing; give a run folder of mirl finetune, mirl detect or mirl segment")
+    trainer = trained_by(settings.weights)
+    if settings.multi_scale and trainer != "segment":
+        raise UserError(f"--multi_scale is for segmenters, and {settings.weights} is none; leave it out")
+    if trainer == "detect":
         return evaluate_detector(
             settings.weights, settings.data, _folder(settings), batch_size=settings.batch_size or 1,
+            workers=settings.workers,
+        )  # fmt: skip
+    if trainer == "segment":
+        return evaluate_segmenter(
+            settings.weights, settings.data, _folder(settings), multi_scale=settings.multi_scale,
             workers=settings.workers,
         )  # fmt: skip
     weights = open_weights(settings.weights, say=console.print)

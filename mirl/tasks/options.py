@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from mirl.errors import UserError
 from mirl.models.patches import pair
+from mirl.training.runs import command_of
 
 Precision = Literal["32", "bf16", "16"]
 
@@ -145,8 +146,11 @@ def resumed(given: Run, saved: dict[str, Any]) -> Run:
     An option left at its default takes the saved value.
 
     Raises:
-        UserError: if an option was given that would make it another run.
+        UserError: if it is another command's run, or an option was given that would make it another run.
     """
+    own, theirs = command_of({field.name: None for field in dataclasses.fields(given)}), command_of(saved)
+    if own != theirs:
+        raise UserError(f"{given.out} is a run of mirl {theirs}; go on with mirl {theirs} --out {given.out} --resume")
     changes = {}
     for field in dataclasses.fields(given):
         value, kept = getattr(given, field.name), saved.get(field.name, field.default)

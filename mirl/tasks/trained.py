@@ -76,18 +76,26 @@ def read_trained(weights: str | Path, command: Command) -> tuple[Facts, State]:
         try:
             with safe_open(path, "pt") as file:
                 facts = json.loads((file.metadata() or {}).get("mirl", "{}"))
-            return facts, load_file(path)
+            state = load_file(path)
         except (OSError, SafetensorError, json.JSONDecodeError) as error:
             raise UserError(f"{path} cannot be read ({error}); give a run folder of mirl {command}") from error
+        if trained_by(path) != command:
+            raise _holds_another(path, command)
+        return facts, state
     run = path.parent
     if path.name != TRAINED[command] or trained_by(run) != command:
-        shown = run if path.name == TRAINED[command] else path
-        raise UserError(f"{shown} holds no {noun}; give a run folder of mirl {command}")
+        raise _holds_another(run if path.name == TRAINED[command] else path, command)
     settings, state = read_config(run), load_newest(run / "checkpoints", console.print)
     if state is None:
         raise UserError(f"{run} holds no {noun} yet; finish it with mirl {command} --out {run} --resume")
     console.print(f"{run} is not finished: using its checkpoint of step {state['step']}", markup=False)
     return {"settings": settings, **state["about"]}, state["model"]
+
+
+def _holds_another(path: Path, command: Command) -> UserError:
+    other, noun = trained_by(path), NOUNS[command]
+    held = f"a {NOUNS[other]}, no {noun}" if other else f"no {noun}"
+    return UserError(f"{path} holds {held}; give a run folder of mirl {command}")
 
 
 @contextmanager
@@ -96,5 +104,7 @@ def as_it_says(weights: str | Path, command: Command) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error.__cause__, ImportError):  # a package that is missing is not the file's fault
+            raise
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{weights} is not the {NOUNS[command]} that it says ({reason}); train it again") from error

@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,6 +34,8 @@ GOLDEN_RATIO = 0.618034
 SHADES = (0.9, 0.9), (0.4, 1.0), (0.75, 1.0), (0.9, 0.65)  # saturation and value of further colours
 READABLE = 400  # pixels of the longer side under which names could not be read
 OPACITY = 0.45
+CELL, WIDEST = 4.4, 13.2  # inches, of 110 pixels, of a sheet's picture and of all pictures in a row
+LEGEND_CELL, LEGEND_LETTERS = 1.9, 22  # inches and letters of a name in a legend
 
 
 def colour(label: int) -> Colour:
@@ -77,11 +80,22 @@ def overlay(image: Tensor, objects: Objects, names: Sequence[str], *, longest: i
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
-def sheet(rows: Sequence[Sequence[Tensor]], columns: Sequence[str], path: Path, title: str) -> None:
-    """Draw pictures, uint8 [3, h, w] each, such as overlays of truth and prediction, to a PNG with titled columns."""
-    cell = 4.4  # inches, of 110 pixels
+def sheet(
+    rows: Sequence[Sequence[Tensor]], columns: Sequence[str], path: Path, title: str,
+    *, captions: Sequence[str] = (), legend: Sequence[tuple[str, Colour]] = (),
+) -> None:  # fmt: skip
+    """Draw pictures, uint8 [3, h, w] each, such as overlays of truth and prediction, to a PNG with titled columns.
+
+    Args:
+        captions: what to write under the last picture of each row.
+        legend: names of colours, written at the bottom.
+    """
+    cell = min(CELL, WIDEST / len(columns))
     heights = [max(picture.shape[1] / picture.shape[2] for picture in row) for row in rows]
-    figure = Figure(figsize=(cell * len(columns), cell * sum(heights) + 0.7), dpi=110, layout="constrained")
+    across = max(1, round(cell * len(columns) / LEGEND_CELL))
+    lines = -(-len(legend) // across)
+    extra = 0.7 + 0.2 * len(captions) + 0.19 * lines
+    figure = Figure(figsize=(cell * len(columns), cell * sum(heights) + extra), dpi=110, layout="constrained")
     figure.suptitle(title, fontsize=11, parse_math=False)
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)  # type: ignore[union-attr, call-arg]
     axes = figure.subplots(len(rows), len(columns), squeeze=False, height_ratios=heights)
@@ -91,8 +105,27 @@ def sheet(rows: Sequence[Sequence[Tensor]], columns: Sequence[str], path: Path, 
             place.axis("off")
     for place, name in zip(axes[0], columns, strict=True):
         place.set_title(name, fontsize=10)
+    for place, caption in zip(axes[:, -1], captions, strict=False):
+        place.text(0.5, -0.02, caption, fontsize=9, ha="center", va="top", transform=place.transAxes, parse_math=False)
+    if legend:
+        _add_legend(figure, legend, across)
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png")
+
+
+def _add_legend(figure: Figure, legend: Sequence[tuple[str, Colour]], across: int) -> None:
+    marks = [
+        Patch(facecolor=(tone[0] / 255, tone[1] / 255, tone[2] / 255), edgecolor="0.4", linewidth=0.5)
+        for _, tone in legend
+    ]
+    lines = -(-len(legend) // across)
+    shown = figure.legend(
+        marks, [""] * len(marks), loc="outside lower center", ncols=-(-len(legend) // lines), fontsize=9, frameon=False,
+        handlelength=1.2, handleheight=1.0, columnspacing=1.6,
+    )  # fmt: skip
+    for text, (name, _) in zip(shown.get_texts(), legend, strict=True):  # now, for a legend leaves out "_name"
+        words = " ".join(name.split())
+        text.set(text=words if len(words) <= LEGEND_LETTERS else f"{words[: LEGEND_LETTERS - 1]}…", parse_math=False)
 
 
 def _fit(image: Tensor, objects: Objects, longest: int | None) -> tuple[Tensor, dict[str, Tensor]]:

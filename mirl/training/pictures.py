@@ -12,6 +12,12 @@ from torch import Tensor
 from mirl.training.checkpoints import atomic
 from mirl.training.reconstructions import Panel, to_rgb
 
+# Figures that are drawn where they are known, alone, and what they are together.
+HEADLINES = {("box_ap", "mask_ap"): "average precision", ("miou", "aacc", "macc"): "IoU and accuracy"}
+FIGURES = {
+    "box_ap": "box AP", "mask_ap": "mask AP", "miou": "mean IoU", "aacc": "pixel accuracy", "macc": "class accuracy",
+}  # fmt: skip
+
 
 def draw(columns: Sequence[Panel], path: Path, title: str) -> None:
     """Draw one row per image and one column per panel to a PNG at `path`."""
@@ -61,13 +67,12 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     if loss.lines:
         loss.legend(fontsize=7)
     others = {name for row in held_out for name in row} - {"kind", "step", "epoch", "loss", "average_loss"}
-    precisions = {"box_ap", "mask_ap"} & others
-    members = sorted(precisions or others) or ["loss"]
+    members, shares = _figures(others)
     for name in members:
-        _curve(parts, held_out, name, label=name.replace("_", " ").replace(" ap", " AP"), marker="o")
+        label = FIGURES.get(name) or name.replace("_", " ")
+        _curve(parts, held_out, name, label=label, marker="o")
     if parts.lines:
         parts.legend(fontsize=7)
-    shares = "average precision" if precisions else "accuracy" if any("top1" in name for name in members) else "loss"
     titles = {
         loss: "loss", parts: f"held-out {shares}", rate: "learning rate",
         norm: "gradient norm", speed: "images a second", wait: "waiting for data, % of the time",
@@ -80,6 +85,15 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     norm.set_yscale("log")
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png")
+
+
+def _figures(others: set[str]) -> tuple[list[str], str]:
+    """Choose which values of evaluations to draw beside the loss, and say what they are."""
+    for names, words in HEADLINES.items():
+        if found := sorted({*names} & others):
+            return found, words
+    members = sorted(others) or ["loss"]
+    return members, "accuracy" if any("top1" in name for name in members) else "loss"
 
 
 def _curve(axes: Any, rows: Sequence[dict[str, Any]], name: str, **style: Any) -> None:

@@ -49,6 +49,7 @@ def launch(devices: str | int, num_nodes: int, precision: Precision) -> Fabric:
             f"cannot use --devices {devices} --num_nodes {num_nodes}: {str(error).splitlines()[0]}"
         ) from error
     if fabric.world_size > 1 and accelerator == "cpu":
+        atexit.unregister(_leave)  # a second training of one script
         atexit.register(_leave)  # for NCCL Fabric does it
     return fabric
 

@@ -1,9 +1,12 @@
-"""Learning-rate schedules: linear warm-up per step, then `step` decay (the paper) or `cosine` (the official code)."""
+"""Learning-rate schedules: linear warm-up per step, then one of three decays.
+
+They are `step` (the paper), `cosine` (the official code) and `linear` (segmentation's protocol).
+"""
 
 import math
 from typing import Literal
 
-Schedule = Literal["step", "cosine"]
+Schedule = Literal["step", "cosine", "linear"]
 DECAYS = (0.9, 0.95)  # shares of the length after which `step` decays by 10, and by 10 again
 
 
@@ -18,7 +21,7 @@ def learning_rate(
 
     Args:
         done, length, warmup: in one unit, epochs or steps.
-        peak: the rate after warm-up; least: where `cosine` ends.
+        peak: the rate after warm-up; least: where `cosine` and `linear` end.
         decays: shares of the length after which `step` decays.
 
     Paper: Sec. 4.2, training schedules: `step` decays by 10 at 90 % and again at 95 % of the length.
@@ -27,6 +30,8 @@ def learning_rate(
         return peak * done / warmup
     if schedule == "cosine":
         return least + (peak - least) * 0.5 * (1 + math.cos(math.pi * (done - warmup) / (length - warmup)))
+    if schedule == "linear":
+        return least + (peak - least) * (length - done) / (length - warmup)
     first, second = decays
     return peak * (1.0 if done < first * length else 0.1 if done < second * length else 0.01)
 

@@ -30,6 +30,12 @@ def encoder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def vit(tmp_path_factory):
+    """An encoder of 2 blocks on 32 px in patches of 8, of random weights."""
+    return write_encoder(tmp_path_factory.mktemp("weights") / "vit", size=(32, 32))
+
+
+@pytest.fixture(scope="session")
 def classified_folder(tmp_path_factory):
     return tmp_path_factory.mktemp("classified") / "run"
 

@@ -34,12 +34,6 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def vit(tmp_path_factory):
-    """An encoder of 2 blocks on 32 px in patches of 8, of random weights."""
-    return write_encoder(tmp_path_factory.mktemp("weights") / "vit", size=(32, 32))
-
-
-@pytest.fixture(scope="module")
 def trained(vit, tmp_path_factory):
     """A trained run; made once, not to be changed."""
     return mirl.detect(
@@ -378,13 +372,3 @@ def test_a_damaged_detector_is_one_line(trained, tmp_path):
 def test_a_detector_is_no_encoder(trained, vit):
     with pytest.raises(UserError, match=f"holds a detector; give the encoder that it was trained from, {vit}"):
         open_weights(str(trained))
-
-
-def test_two_processes_find_what_one_does(vit, trained, tmp_path):
-    options = TINY | {"weights": vit, "out": tmp_path / "two"}
-    options["report"] = "false"
-    code, output, errors = finish(command(options, "--devices=2", task="detect"))
-    assert (code, errors) == (0, "") and output.count("done:") == 1
-    assert len(rows(tmp_path / "two")) == 6
-    results = json.loads((tmp_path / "two" / "results.json").read_text())
-    assert results["images"] == 10

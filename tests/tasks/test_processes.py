@@ -1,15 +1,28 @@
 """Two processes on one machine train as one does, and make the same mistakes in one line."""
 
+import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny_runs import assert_one_line, command, finish, rows, weights
+from tiny_runs import assert_one_line, command, finish, rows, weights, without_pictures
 
 import mirl
 
+HEADS = {
+    "data": "shapes:24:32", "epochs": 1, "batch_size": 8, "width": 16, "precision": "32", "workers": 0, "report": False,
+}  # fmt: skip
+SEVERAL = """
+import json, sys
+sys.path.append(sys.argv[2])
+from tiny_runs import without_pictures
+import mirl
+with without_pictures():
+    for command, options in json.loads(sys.argv[3]).items():
+        getattr(mirl, command)(**options)
+"""
 MODULE = (sys.executable, "-m", "mirl.cli")  # Fabric starts the other processes by the same name
 
 
@@ -53,3 +66,23 @@ def test_bad_files_that_either_process_meets_are_named(options, tmp_path):
     assert (code, errors) == (0, "")
     log = Path(options["out"], "log.txt").read_text()
     assert all(re.search(rf"[0-9] skipped \S*/{name}: is empty", log) for name in bad), log
+
+
+def test_two_processes_judge_every_image_once(vit, tmp_path):
+    """Detectors and segmenters, which before the first step are the one process's. One start serves both commands."""
+    (tmp_path / "several.py").write_text(SEVERAL)
+    kinds = {"detect": {"regions": 8}, "segment": {}}
+    options = {kind: HEADS | {"weights": vit, "devices": 2, "out": str(tmp_path / kind)} | more
+               for kind, more in kinds.items()}  # fmt: skip
+    program = (sys.executable, str(tmp_path / "several.py"))
+    code, output, errors = finish(
+        command({}, str(Path(__file__).parent), json.dumps(options), task="both", program=program)
+    )
+    assert (code, errors) == (0, "") and output.count("done:") == 2
+    for kind in kinds:
+        with without_pictures():
+            one = getattr(mirl, kind)(**options[kind] | {"devices": 1, "out": str(tmp_path / f"{kind}_alone")})
+        assert rows(tmp_path / kind, "held_out")[0] == rows(one, "held_out")[0]
+        assert len(rows(tmp_path / kind)) == 3
+        found, alone = (json.loads((run / "results.json").read_text()) for run in (tmp_path / kind, one))
+        assert found["images"] == alone["images"] == 10 and found.get("pixels") == alone.get("pixels")

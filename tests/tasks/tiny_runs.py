@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,21 @@ import mirl
 
 COMMAND = str(Path(sys.executable).with_name("mirl"))
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+
+PICTURES = (
+    "training.loop.draw_curves", "training.loop.draw_gradients", "tasks.detection.draw_training",
+    "tasks.detection.draw_found", "tasks.segmentation.draw_training", "tasks.segmentation.draw_predictions",
+    "tasks.segmentation_scores.draw_confusion",
+)  # fmt: skip
+
+
+@contextmanager
+def without_pictures() -> Iterator[None]:
+    """Let detectors and segmenters train without pictures, which take longer than all else."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in PICTURES:
+            patch.setattr(f"mirl.{name}", lambda *_, **__: None)
+        yield
 
 
 def flags(options):

@@ -23,6 +23,12 @@ def test_cosine_schedule_goes_from_peak_to_zero():
     assert [learning_rate(done, 100, **plan) for done in (10, 55, 100)] == pytest.approx([2, 1, 0])
 
 
+def test_linear_schedule_falls_evenly_from_peak_to_its_least():
+    plan = {"peak": 2.0, "warmup": 10, "schedule": "linear"}
+    assert [learning_rate(done, 100, **plan) for done in (5, 10, 55, 100)] == pytest.approx([1, 2, 1, 0])
+    assert [learning_rate(done, 100, **plan, least=0.5) for done in (10, 40, 100)] == pytest.approx([2, 1.5, 0.5])
+
+
 def test_no_warm_up_starts_at_the_peak():
     assert learning_rate(0, 10, peak=1.0, warmup=0, schedule="step") == 1
 
