@@ -8,20 +8,26 @@ from mirl.methods import is_term
 from mirl.reports.charts import COLOURS, Chart, Line, lines_of
 from mirl.reports.contents import Run
 from mirl.reports.series import Series, series, smooth, thin
+from mirl.training.runs import NOUNS, Command
 
 OBJECTIVES = ("pixel", "feature", "vgg")
-# Values of detectors, with their words: parts of the training loss, average precisions of held-out images.
-DETECTION = {
-    "rpn_class": "proposal", "rpn_box": "proposal's box", "box_class": "class", "box": "box", "mask": "mask",
+# Values of detectors and segmenters, with their words: parts of the training loss, figures of held-out images.
+PARTS: dict[Command, dict[str, str]] = {
+    "detect": {
+        "rpn_class": "proposal", "rpn_box": "proposal's box", "box_class": "class", "box": "box", "mask": "mask",
+    },
+    "segment": {"decode": "decoder", "auxiliary": "auxiliary head"},
 }  # fmt: skip
 PRECISIONS = {"box_ap": "boxes", "mask_ap": "masks"}
 SIZES = {"mask_ap_small": "small", "mask_ap_medium": "medium", "mask_ap_large": "large"}
+OVERLAPS = {"miou": "mean IoU", "aacc": "pixel accuracy", "macc": "class accuracy"}
 POINTS = 1500  # most of a raw curve
 SMOOTHED = 400  # of a smoothed one; fewer where many runs share a page
 ALL_RUNS = 4000
 # Value of a training row: title, unit, factor, what it is divided by, whether its axis is logarithmic.
 MEASURES = {
     "grad_norm": ("Gradient norm", "norm before clipping", 1.0, None, True),
+    "accuracy": ("Right pixels of training images", "% of labelled pixels", 100.0, None, False),
     "images_per_second": ("Speed", "images a second", 1.0, None, False),
     "data_wait": ("Waiting for data", "% of a step's time", 100.0, "seconds", False),
 }
@@ -32,7 +38,7 @@ def curves(runs: Sequence[Run]) -> list[Chart]:
     names = list(dict.fromkeys(name for run in runs for row in run.rows["held_out"] for name in row))
     terms, objectives = [name for name in names if is_term(name)], [name for name in names if name in OBJECTIVES]
     accuracies = [name for name in names if name.endswith(("top1", "top5"))]
-    precisions, sizes = ([name for name in names if name in group] for group in (PRECISIONS, SIZES))
+    precisions, sizes, overlaps = ([n for n in names if n in group] for group in (PRECISIONS, SIZES, OVERLAPS))
     rates = lines_of([_rate(label, run, colour_of(index)) for index, (label, run) in enumerate(_labelled(runs))])
     measured = [
         Chart(name, title, "epoch", unit, _each(runs, name, scale, over), log=log)
@@ -45,7 +51,8 @@ def curves(runs: Sequence[Run]) -> list[Chart]:
         *_parts(runs, accuracies, "Held-out accuracy", "%", 100.0),
         *_parts(runs, precisions, "Average precision", "%", 100.0),
         *_parts(runs, sizes, "Average precision of masks, by size", "%", 100.0),
-        *_detector_losses(runs),
+        *_parts(runs, overlaps, "Held-out pixels", "%", 100.0),
+        *_losses_of_heads(runs),
         Chart("lr", "Learning rate", "epoch", "learning rate", rates),
         *measured,
     ]
@@ -91,21 +98,19 @@ def _losses(runs: Sequence[Run]) -> tuple[Line, ...]:
     return lines_of(groups)
 
 
-def _detector_losses(runs: Sequence[Run]) -> list[Chart]:
-    """Draw the parts of detectors' training loss: of one run all together, of several runs a chart for each."""
-    detectors = [(index, run) for index, run in enumerate(runs) if run.command == "detect"]
+def _losses_of_heads(runs: Sequence[Run]) -> list[Chart]:
+    """Draw the parts of the training loss of detectors and segmenters: of one run together, of several a chart each."""
     several = len(runs) > 1
     groups: dict[str, list[tuple[Line, ...]]] = {}
-    for index, run in detectors:
-        for place, (name, words) in enumerate(DETECTION.items()):
+    titles: dict[str, str] = {}
+    for index, run in enumerate(runs):
+        for place, (name, words) in enumerate(PARTS.get(run.command, {}).items()):
             label, colour = (run.name, colour_of(index)) if several else (words, colour_of(place))
             lines = over_time(label, series(run.rows["train"], name), colour, len(runs), background=False)
-            groups.setdefault(name if several else "detector_losses", []).append(lines)
-    return [
-        Chart(name, f"Loss: {DETECTION[name]}" if several else "Parts of the loss", "epoch", "loss", lines_of(lines),
-              log=True)
-        for name, lines in groups.items()
-    ]  # fmt: skip
+            chart = name if several else f"{NOUNS[run.command]}_losses"
+            groups.setdefault(chart, []).append(lines)
+            titles[chart] = f"Loss: {words}" if several else "Parts of the loss"
+    return [Chart(name, titles[name], "epoch", "loss", lines_of(lines), log=True) for name, lines in groups.items()]
 
 
 def _parts(runs: Sequence[Run], names: Sequence[str], title: str, unit: str, scale: float) -> list[Chart]:
@@ -130,7 +135,7 @@ def _parts(runs: Sequence[Run], names: Sequence[str], title: str, unit: str, sca
 
 
 def _words(name: str) -> str:
-    return (PRECISIONS | SIZES).get(name) or name.replace("_", " ")
+    return (PRECISIONS | SIZES | OVERLAPS).get(name) or name.replace("_", " ")
 
 
 def _rate(label: str, run: Run, colour: str) -> tuple[Line, ...]:

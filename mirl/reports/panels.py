@@ -71,12 +71,13 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Sheet:
-    """A whole picture: a data URI with its size in pixels and what it shows in words."""
+    """A whole picture: a data URI with its size in pixels, what it shows in words, whether it may be enlarged."""
 
     source: str
     alternative: str
     width: int
     height: int
+    stretched: bool = True
 
 
 def galleries(runs: Sequence[Run], budget: int) -> list[Gallery]:

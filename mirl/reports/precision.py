@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from mirl.reports.contents import Row, Run, number
-from mirl.reports.tables import Table, cut, data_of, percent
+from mirl.reports.tables import Table, cut, evaluations, percent
 
 # COCO's figures, as results.json names them and as a column is titled.
 FIGURES = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "small", "ap_medium": "medium", "ap_large": "large"}
@@ -13,8 +13,6 @@ READING = (
     "pixels, large ones more than 96 x 96."
 )
 KINDS = {"box": "boxes", "mask": "masks"}
-# detections.json, beside the results, is large and not read.
-FILES = {"results.json": "held out", "evaluations/*/results.json": ""}
 CLASSES_SHOWN, TABLES_SHOWN = 100, 8
 
 
@@ -22,15 +20,9 @@ def precisions(runs: Sequence[Run]) -> list[Table]:
     """Return the figures of all detectors in one table, then one of the classes for each evaluation."""
     rows: list[tuple[str, ...]] = []
     classes: list[Table] = []
-    for run in runs:
-        for pattern, what in FILES.items() if run.command == "detect" else ():
-            for found in run.documents(pattern).found.values():
-                images = number(found.get("images"))
-                count = f"{images:,.0f} images" if images is not None else ""
-                judged = ", ".join(filter(None, (data_of(found), what, count)))
-                where = (run.name, judged) if len(runs) > 1 else (judged,)
-                rows += [(*where, words, *_figures(found, kind)) for kind, words in KINDS.items()]
-                classes.append(_by_class(" · ".join(where), found.get("per_class")))
+    for where, found in evaluations(runs, "detect"):
+        rows += [(*where, words, *_figures(found, kind)) for kind, words in KINDS.items()]
+        classes.append(_by_class(" · ".join(where), found.get("per_class")))
     head = ("data", "of", *FIGURES.values())
     table = Table("Average precision", ("run", *head) if len(runs) > 1 else head, tuple(rows))
     return [table, *[found for found in classes if found.rows][:TABLES_SHOWN]] if rows else []

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mirl.reports import depth, precision, tables
+from mirl.reports import depth, overlap, precision, tables
 from mirl.reports.charts import Chart
 from mirl.reports.contents import Run
 from mirl.reports.curves import curves
 from mirl.reports.panels import Gallery, Sheet, sheet
 from mirl.reports.tables import Table, quoted
+from mirl.training.runs import NOUNS, TRAINED, Command
 
 # What a run says at its end: an indented block of code after a line that begins with "done:".
 USE = re.compile(r"^done: .*\n\n((?: {4}.*\n|\n)+)", re.MULTILINE)
@@ -26,12 +27,22 @@ PICTURES = {
     "finetune": "What the classifier is shown at the last evaluation and says of it, with the truth if wrong.",
     "detect": "Held-out images at the last evaluation: on the left what is annotated, on the right what the detector "
     "finds.",
+    "segment": "Held-out images at the last evaluation: what is true, what the segmenter says, and where it is wrong. "
+    "What has no label is dark.",
 }
 EVALUATE = {
     "pretrain": "mirl knn --weights {} --data LABELLED tells in one pass what the features know.",
     "finetune": "results.json is written at the end; mirl evaluate --weights {} --data OTHER.",
-    "detect": "results.json is written at the end.",
+    **dict.fromkeys(TRAINED, "results.json is written at the end."),
 }
+# Of detectors and segmenters: the figure that should rise, and what can be done with a trained one.
+FIGURES: dict[Command, str] = {"detect": "average precision", "segment": "mean IoU"}
+USES: dict[Command, str] = {
+    "detect": "Find objects in a folder of images, judge the detector on other annotations, or call it from Python.",
+    "segment": "Label the pixels of a folder of images, judge the segmenter on other label maps, or call it from "
+    "Python.",
+}
+READINGS: dict[Command, str] = {"detect": precision.READING, "segment": overlap.READING}
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,7 @@ class Section:
 
 def sections(runs: Sequence[Run]) -> list[Section]:
     """Return the sections of a report on `runs`; that of pictures lacks the reconstructions."""
-    blockwise = any(run.command != "detect" for run in runs)  # mirl diagnose takes no detector
+    blockwise = any(run.command not in TRAINED for run in runs)  # mirl diagnose takes encoders alone
     training = [
         _curves(runs),
         reconstructions(runs, [Gallery(run.name) for run in runs]),
@@ -78,16 +89,17 @@ def sections(runs: Sequence[Run]) -> list[Section]:
 
 
 def _curves(runs: Sequence[Run]) -> Section:
-    detectors = [run for run in runs if run.command == "detect"]
+    headed = [run for run in runs if run.command in TRAINED]
     if len(runs) == 1:
+        figure = FIGURES.get(runs[0].command)
         reading = (
-            "The training loss should fall and the average precision rise: a precision that falls again while the loss "
-            "falls is overfitting."
-            if detectors
+            f"The training loss should fall and the {figure} rise: one that falls again while the loss falls is "
+            "overfitting."
+            if figure
             else "The training loss should fall and the held-out loss with it: a held-out loss that rises again while "
             "the training loss falls is overfitting."
         ) + " Faint lines are single steps, strong ones averages, dots evaluations."
-    elif len(detectors) == len(runs):
+    elif len(headed) == len(runs):
         reading = (
             "One colour for each run; dots are evaluations on held-out images, losses are of training, and compare "
             "only between runs of the same data and protocol."
@@ -96,9 +108,14 @@ def _curves(runs: Sequence[Run]) -> Section:
         reading = (
             "One colour for each run; in the charts of losses dots are held-out images and faint lines training. "
             "Losses compare only between runs of the same data, target and mask ratio."
-        ) + (" Detectors have no held-out loss." if detectors else "")
+        ) + "".join(f" {noun.capitalize()}s have no held-out loss." for noun in _nouns(headed))
     missing = "No step is recorded yet: metrics.jsonl is missing or empty."
     return Section("curves", "Learning curves", reading, charts=tuple(curves(runs)), missing=missing)
+
+
+def _nouns(runs: Sequence[Run]) -> list[str]:
+    """Name what the runs trained, each kind once; an encoder has no name."""
+    return list(dict.fromkeys(NOUNS[run.command] for run in runs if run.command in NOUNS))
 
 
 def reconstructions(runs: Sequence[Run], shown: Sequence[Gallery]) -> Section:
@@ -173,26 +190,26 @@ def _diagnosis(runs: Sequence[Run]) -> Section:
         ):
             sheets.append(picture)
     reading = "Which blocks learned, in words and charts, measured on whole images after the training."
-    weights = next((quoted(run.folder) for run in runs if run.command != "detect"), "")
+    weights = next((quoted(run.folder) for run in runs if run.command not in TRAINED), "")
     missing = f"No diagnosis yet: mirl diagnose --weights {weights} --data IMAGES tells which blocks learned."
     return Section("diagnosis", "Diagnosis", reading, tuple(lines), sheets=tuple(sheets), missing=missing)
 
 
 def _evaluation(runs: Sequence[Run]) -> Section:
-    accuracies, found = tables.results(runs), precision.precisions(runs)
-    readings = [precision.READING] if any(run.command == "detect" for run in runs) else []
+    accuracies, found = tables.results(runs), [*precision.precisions(runs), *overlap.overlaps(runs)]
+    readings = [text for command, text in READINGS.items() if any(run.command == command for run in runs)]
     if accuracies or not readings:
         readings.insert(0, tables.READING)
     unreadable = [
         f"{path} of {run.name} could not be read."
         for run in runs
-        for pattern in (precision.FILES if run.command == "detect" else tables.FILES)
+        for pattern in (tables.EVALUATIONS if run.command in TRAINED else tables.FILES)
         for path in run.documents(pattern).unreadable
     ]
     missing = "No evaluation yet: " + EVALUATE[runs[0].command].format(quoted(runs[0].folder))
     return Section(
         "evaluation", "Evaluation", " ".join(readings), tuple(unreadable), charts=tuple(depth.read_outs(runs)),
-        tables=(*accuracies, *found), missing=missing,
+        sheets=tuple(overlap.confusions(runs)), tables=(*accuracies, *found), missing=missing,
     )  # fmt: skip
 
 
@@ -204,20 +221,15 @@ def _differences(runs: Sequence[Run]) -> Section:
 
 
 def _use(run: Run) -> Section:
-    detector = run.command == "detect"
-    reading = (
-        "Find objects in a folder of images, judge the detector on other annotations, or call it from Python."
-        if detector
-        else "Paste this into Python; timm opens the folder, nothing of mirl is needed."
-    )
+    trained = NOUNS.get(run.command, "encoder")
+    reading = USES.get(run.command, "Paste this into Python; timm opens the folder, nothing of mirl is needed.")
     found = USE.findall(run.log)
     code = textwrap.dedent(found[-1]).strip() if found else ""
     written = Path(str(run.config.get("out", "")))  # the folder may have been moved since
     code = code.replace(f"local-dir:{written / 'encoder'}", f"local-dir:{run.folder / 'encoder'}")
     code = code.replace(f"--weights {written} ", f"--weights {quoted(run.folder)} ")
-    code = code.replace(f"mirl detect {written} ", f"mirl detect {quoted(run.folder)} ")
-    code = code.replace(f'load_detector("{written}")', f'load_detector("{run.folder}")')
-    trained = "detector" if detector else "encoder"
+    code = code.replace(f"mirl {run.command} {written} ", f"mirl {run.command} {quoted(run.folder)} ")
+    code = code.replace(f'load_{trained}("{written}")', f'load_{trained}("{run.folder}")')
     missing = f"There is no {trained} yet: it is written at the end of the run."
     return Section("use", f"Use the {trained}", reading, code=code if run.finished else "", missing=missing)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from mirl.reports.contents import Row, Run, number
 from mirl.reports.series import Series, series
-from mirl.training.runs import duration
+from mirl.training.runs import TRAINED, Command, duration
 
 SKIPPED_SHOWN, INCIDENTS_SHOWN, CLASSES_SHOWN = 100, 200, 100
 READING = (
@@ -18,6 +18,8 @@ READING = (
 )
 ARROW = " → "
 FILES = ("results.json", "readouts/*.json", "evaluations/*/*.json")  # of accuracies
+# Of detectors and segmenters, with what was judged on; detections.json, beside the results, is large and not read.
+EVALUATIONS = {"results.json": "held out", "evaluations/*/results.json": ""}
 LONGEST = 300  # characters of a cell
 
 
@@ -42,6 +44,8 @@ def key_figures(run: Run) -> dict[str, str]:
         "accuracy": accuracy,
         "box AP": percent(_last(held_out, "box_ap")),
         "mask AP": percent(_last(held_out, "mask_ap")),
+        "mean IoU": percent(_last(held_out, "miou")),
+        "pixel accuracy": percent(_last(held_out, "aacc")),
         "training time": duration(seconds) if seconds else "",
         "speed": f"{np.median(speed.values):.3g} images/s" if len(speed) else "",
         "wait for data": f"{waiting / seconds:.1%}" if seconds else "",
@@ -108,6 +112,22 @@ def results(runs: Sequence[Run]) -> list[Table]:
     return [table, *classes[:8]] if rows else []
 
 
+def evaluations(runs: Sequence[Run], command: Command) -> list[tuple[tuple[str, ...], Row]]:
+    """Return (what was judged on, after the run's name if there are several; results) of detectors or segmenters."""
+    found: list[tuple[tuple[str, ...], Row]] = []
+    for run in runs:
+        for pattern, what in EVALUATIONS.items() if run.command == command else ():
+            for document in run.documents(pattern).found.values():
+                images = number(document.get("images"))
+                count = f"{images:,.0f} images" if images is not None else ""
+                judged = ", ".join(filter(None, (data_of(document), what, count)))
+                name, scales = (run.name,) if len(runs) > 1 else (), document.get("multi_scale")
+                found.append(((*name, f"{judged}, several sizes" if scales is True else judged), document))
+                if isinstance(scales, dict):  # judged both ways
+                    found.append(((*name, f"{judged}, several sizes"), scales))
+    return found
+
+
 def skipped(run: Run) -> Table | None:
     """List the first images that could not be used, with the reasons."""
     found = run.skipped_images()
@@ -149,8 +169,8 @@ def quoted(path: object) -> str:
 
 
 def _accuracies(run: Run) -> list[tuple[str, str, Row, str]]:
-    """Return (what, data, accuracy, more) of everything in the folder that was judged; a detector has no accuracy."""
-    if run.command == "detect":
+    """Return (what, data, accuracy, more) of everything in the folder that was judged, if it is a classifier."""
+    if run.command in TRAINED:
         return []
     found: list[tuple[str, str, Row, str]] = []
     for document in run.documents("results.json").found.values():

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 from playwright.sync_api import expect, sync_playwright
-from written_runs import TITLES, write_detector, write_results, write_run
+from written_runs import TITLES, write_detector, write_results, write_run, write_segmenter
 
 from mirl.reports.page import report
 
@@ -78,6 +78,11 @@ def detector(tmp_path_factory):
     return write_detector(tmp_path_factory.mktemp("detector") / "run")
 
 
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory):
+    return write_segmenter(tmp_path_factory.mktemp("segmenter") / "run")
+
+
 def until(page, expression):
     """Wait until a JavaScript expression holds; the page lets nobody else evaluate one."""
     for _ in range(100):
@@ -95,7 +100,7 @@ def sources(page, gallery=0):
     "which, options",
     [
         *(("single", {}), ("single", PHONE), ("single", DARK), ("compared", {}), ("compared", PHONE), ("real", {})),
-        *(("detector", {}), ("detector", PHONE)),
+        *(("detector", {}), ("detector", PHONE), ("segmenter", PHONE)),
     ],
 )
 def test_everything_is_drawn_and_nothing_moves(visit, request, tmp_path, which, options):
