@@ -19,7 +19,7 @@ from mirl.data.semantic import IGNORE, SemanticClass
 from mirl.errors import UserError
 
 FILE = "classes.json"
-EXAMPLE = '{"classes": [{"index": 0, "name": "road"}], "void_index": 255}'
+EXAMPLE = '{"classes": [{"index": 0, "name": "other"}, {"index": 1, "name": "road"}], "void_index": 255}'
 ADE20K_FILE = "objectInfo150.txt"
 ADE20K_CLASSES = 150
 VOID_KEYS = ("void_index", "ignore_index")
@@ -92,7 +92,7 @@ def _from_json(path: Path) -> Vocabulary:
     void = _void(content, path)
     pairs = [(value, name) for value, name in _pairs(content) if value not in void]
     if not pairs:
-        raise UserError(f"{str(path)!r} has no classes; write it as {EXAMPLE}")
+        raise UserError(f"{str(path)!r} has no classes beside void; write it as {EXAMPLE}")
     if len(pairs) > IGNORE:
         raise UserError(f"{str(path)!r} has {len(pairs)} classes; {IGNORE} are the most that labels of 8 bits allow")
     for value, name in pairs:

@@ -4,6 +4,7 @@ An image is resized, its scores are computed at a quarter of a patch's resolutio
 image's own, a band of rows at a time. Symbols: n classes, c channels, h and w pixels.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -105,14 +106,15 @@ def scores_in_bands(segmenter: Segmenter, image: Tensor, inference: Inference) -
 def _look(segmenter: Segmenter, image: Tensor, shorter: float, inference: Inference) -> Bands:
     """Return the scores of `image` [c, h, w] after its shorter side is resized to so many pixels, at that size.
 
-    It is padded with black at the right and the bottom, as training's crops are.
+    Sides shorter than a window, or of a whole image, are padded with black at the right and the bottom, as training's
+    crops are.
     """
     height, width = resized_size(image.shape[-2], image.shape[-1], shorter, LONGEST * shorter)
     size = height, max(2, width)  # torch 2.15 fails to resize to a width of one pixel, or does it wrongly
     if image.shape[-2:] != size:
         image = transforms.resize(image, list(size), antialias=True)
-    least, multiple = segmenter.fixed_size or (1, 1), segmenter.multiple
-    bottom, right = (max(low, -(-side // multiple) * multiple) for low, side in zip(least, size, strict=True))
+    least = segmenter.fixed_size or (1, 1)
+    bottom, right = (_padded(side, low, segmenter, inference) for side, low in zip(size, least, strict=True))
     padded = bottom, right
     image = F.pad(image.to(segmenter.mean.device), (0, right - size[1], 0, bottom - size[0]))
     crop = max(padded) if inference.mode == "whole" else inference.crop_size
@@ -122,6 +124,13 @@ def _look(segmenter: Segmenter, image: Tensor, shorter: float, inference: Infere
     parts = torch.stack([image[:, top : top + height, left : left + width] for top, left in places])
     scores = torch.cat([segmenter(some.float() / 255).float() for some in parts.split(inference.batch)])
     return stitched(scores, places, window, padded).cropped(size)
+
+
+def _padded(side: int, least: int, segmenter: Segmenter, inference: Inference) -> int:
+    """Return the length to which a side is padded: none where windows of `crop_size`, a multiple, cover it."""
+    if inference.mode == "slide" and side >= inference.crop_size:
+        return side
+    return max(least, math.ceil(side / segmenter.multiple) * segmenter.multiple)
 
 
 def _starts(side: int, window: int, stride: int) -> list[int]:

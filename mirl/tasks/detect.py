@@ -80,6 +80,8 @@ def train_detector(settings: Detection) -> Path:
     precision = processes.precision_of(settings.precision)
     weights = open_weights(settings.weights)
     if settings.overfit is not None:
+        if settings.val_fraction is not None:
+            raise UserError("--overfit tests on the training images; leave out --val_fraction")
         train = val = few(open_instance_training(settings.data, channels=weights.channels), settings.overfit)
     else:
         train, val = open_instances(

@@ -52,6 +52,7 @@ class DetectTask(RunnableTask[InstanceBatch]):
     model: Detector
     training: InstanceViews
     held_out: InstanceViews
+    held_out_batch = 1  # images of any size: padded to each other they could be gigabytes
 
     def __init__(self, settings: ResolvedDetection, weights: Weights, train: InstanceSplit, val: InstanceSplit) -> None:
         self.settings, self.weights, self.train, self.val = settings, weights, train, val

@@ -25,7 +25,7 @@ from mirl.tasks.accuracy import Accuracy, Predictions, accuracy, predict, write_
 from mirl.tasks.average_precision import AveragePrecision
 from mirl.tasks.confusion import draw_confusion
 from mirl.tasks.detection_scores import evaluate_detector
-from mirl.tasks.mean_iou import Segmentation
+from mirl.tasks.mean_iou import Overlap
 from mirl.tasks.options import COUNT, NOT_NEGATIVE, Options, Ranges
 from mirl.tasks.segmentation_scores import evaluate_segmenter
 from mirl.tasks.trained import trained_by
@@ -76,7 +76,7 @@ class Evaluation:
     confusion: list[list[int]]
 
 
-def evaluate(**options: Any) -> Evaluation | AveragePrecision | Segmentation:
+def evaluate(**options: Any) -> Evaluation | AveragePrecision | Overlap:
     """Judge a classifier on class folders, a detector on COCO annotations, or a segmenter on label maps.
 
     Of a classifier: accuracies and the expected calibration error as JSON, the confusion matrix, and the worst mistakes

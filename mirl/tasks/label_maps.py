@@ -4,6 +4,7 @@ Symbols: c channels, h and w height and width.
 """
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from mirl.training.runs import console
 
 LISTED = 8  # classes that the closing line names
 VALUES = 256  # that a label file can have
+FOLDERS, FILE = ("labels", "overlays"), "classes.json"
+MAKER = "mirl segment --predict"
 LONGEST = 2048  # pixels of an overlay's longer side
 
 
@@ -51,13 +54,14 @@ def predict_folder(
     """Segment images of any size; write `labels/`, `overlays/` and `classes.json`, which says what the labels mean.
 
     Labels are as large as their images and hold the classes' values, not their indices; overlays are reduced to what
-    can be looked at. Both keep the images' subfolders. Files that cannot be read are named and left out.
+    can be looked at. Both keep the images' subfolders. Files that cannot be read are named and left out. What an
+    earlier call wrote is removed.
 
     Args:
         segment: maps an image, uint8 [c, h, w], to the indices of its pixels' classes, uint8 [h, w].
 
     Raises:
-        UserError: if no image can be read or `folder` cannot be written.
+        UserError: if no image can be read, or `folder` cannot be written or holds labels of somebody else.
     """
     folder, relative = Path(folder), relative_names(source)
     values, colours = _values(classes), palette_of(classes)
@@ -66,6 +70,9 @@ def predict_folder(
     used: set[str] = set()
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _clear(folder)
+        with atomic(folder / FILE) as temporary:
+            temporary.write_text(json.dumps(_as_file(classes), indent=1, ensure_ascii=False), encoding="utf-8")
         for batch in readable(source, workers, bad, "segmenting"):
             image, said = batch.images[0], segment(batch.images[0]).cpu()
             counts += np.bincount(said.numpy().ravel(), minlength=len(classes))
@@ -74,8 +81,6 @@ def predict_folder(
             save_picture(painted(*fitted(image, said, longest=LONGEST)), folder / "overlays" / name)
         if not used:
             raise UserError(f"none of {len(source)} images can be read, e.g. {' '.join(bad[0])}; check the data")
-        with atomic(folder / "classes.json") as temporary:
-            temporary.write_text(json.dumps(described(classes), indent=1, ensure_ascii=False), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}; choose another --out") from error
     shares = {classes[i].name: float(counts[i] / counts.sum()) for i in np.argsort(-counts, kind="stable") if counts[i]}
@@ -102,13 +107,28 @@ def save_labels(values: np.ndarray, colours: np.ndarray, path: Path) -> None:
     picture.save(path, format="PNG", optimize=True)
 
 
-def described(classes: Sequence[SemanticClass]) -> dict[str, list[dict[str, object]]]:
-    """Return what a classes.json says of classes."""
+def _clear(folder: Path) -> None:
+    """Remove what an earlier call wrote to `folder`, and refuse labels that somebody else did."""
+    if not any((folder / name).exists() for name in (*FOLDERS, FILE)):
+        return
+    try:
+        ours = json.loads((folder / FILE).read_text(encoding="utf-8")).get("made_by") == MAKER
+    except (OSError, ValueError, AttributeError):
+        ours = False
+    if not ours:
+        raise UserError(f"{folder} has labels that mirl segment did not write; choose another --out")
+    for name in FOLDERS:
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _as_file(classes: Sequence[SemanticClass]) -> dict[str, object]:
+    """Return what classes.json says of classes."""
     return {
+        "made_by": MAKER,
         "classes": [
             {"index": one.value, "name": one.name, "color": list(colour(index + 1))}
             for index, one in enumerate(classes)
-        ]
+        ],
     }
 
 

@@ -18,8 +18,8 @@ LABELS = IGNORE + 1  # that a label map can have
 
 
 @dataclass(frozen=True)
-class Segmentation:
-    """What was found in images.
+class Overlap:
+    """How label maps of images agree with the truth.
 
     Attributes:
         confusion: int64 [n, n], pixels of the true class (row) that were said to be of each class (column).

@@ -27,11 +27,13 @@ class RunnableTask(Task[B]):
     Attributes:
         training, held_out: what it learns from and what it is evaluated on.
         samples: size of the whole data set; a resumed run must find it unchanged.
+        held_out_batch: held-out images read at once; None is the micro-batch.
     """
 
     training: Views
     held_out: Views
     samples: int
+    held_out_batch: int | None = None
 
     @abstractmethod
     def optimizer(self) -> torch.optim.Optimizer:
@@ -151,6 +153,7 @@ def _train(fabric: Fabric, settings: ResolvedRun, task: RunnableTask[B], run: Ru
     pin = fabric.device.type == "cuda"
     batches = load(task.training, sampler, workers=settings.workers, pin=pin)
     mine = list(range(len(task.held_out)))[fabric.global_rank :: fabric.world_size] or [0]
-    keys = [[(0, i) for i in mine[k : k + settings.micro_batch]] for k in range(0, len(mine), settings.micro_batch)]
+    size = task.held_out_batch or settings.micro_batch
+    keys = [[(0, i) for i in mine[k : k + size]] for k in range(0, len(mine), size)]
     held_out = load(task.held_out, keys, workers=settings.workers, pin=pin)
     loop.fit(fabric, task, optimizer, run, plan, progress, batches, held_out)

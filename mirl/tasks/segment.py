@@ -63,6 +63,8 @@ def train_segmenter(settings: Segmentation) -> Path:
     precision = processes.precision_of(settings.precision)
     weights = open_weights(settings.weights)
     if settings.overfit is not None:
+        if settings.val_fraction is not None:
+            raise UserError("--overfit tests on the training images; leave out --val_fraction")
         train = val = few(open_semantic_training(settings.data, channels=weights.channels), settings.overfit)
     else:
         train, val = open_semantic(

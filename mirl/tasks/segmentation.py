@@ -1,6 +1,8 @@
 """The task that `mirl segment` trains: UperNet on a ViT, its data, losses, rates and results. Paper: Table 5."""
 
 import shlex
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,11 @@ from torch import Tensor, nn
 
 from mirl.data.semantic import SemanticBatch, SemanticSplit, SemanticViews, View
 from mirl.data.semantic_views import crop_view
+from mirl.errors import UserError
 from mirl.heads.sliding import segment
 from mirl.heads.upernet import Segmenter
 from mirl.models.weights import Weights
-from mirl.tasks.mean_iou import Segmentation as Found
+from mirl.tasks.mean_iou import Overlap
 from mirl.tasks.options import ResolvedRun
 from mirl.tasks.run import RunnableTask
 from mirl.tasks.segmentation_pictures import draw_predictions, draw_training
@@ -47,18 +50,22 @@ class SegmentTask(RunnableTask[SemanticBatch]):
         settings: resolved; weights: of the encoder; train, val: splits of the same classes.
 
     Raises:
-        UserError: if encoder and sizes do not fit.
+        UserError: if encoder and sizes do not fit, or there is a single class.
     """
 
     model: Segmenter
     training: SemanticViews
     held_out: SemanticViews
+    held_out_batch = 1  # images of any size: padded to each other they could be gigabytes
 
     def __init__(
         self, settings: ResolvedSegmentation, weights: Weights, train: SemanticSplit, val: SemanticSplit
     ) -> None:
         self.settings, self.weights, self.train, self.val = settings, weights, train, val
         self.classes = train.source.classes
+        if len(self.classes) < 2:
+            only = self.classes[0].name
+            raise UserError(f"{settings.data!r} has a single class, {only!r}; list two or more, the background too")
         self.samples = len(train) + (0 if val is train else len(val))  # the same images with --overfit
         self.about = described(weights, self.classes)
         self.model = segmenter_of(settings, weights, len(self.classes), trained=not settings.untrained).train()
@@ -66,7 +73,8 @@ class SegmentTask(RunnableTask[SemanticBatch]):
             train.source, train.members, training_view(settings), key=(settings.seed, TRAINING), substitute=True
         )
         self.held_out = SemanticViews(val.source, val.members, key=(0, HELD_OUT))
-        self.judged: Found | None = None  # at the last evaluation
+        self.judged: Overlap | None = None  # at the last evaluation
+        self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext  # to the run's precision, once known
 
     @property
     def encoder(self) -> Any:
@@ -93,13 +101,15 @@ class SegmentTask(RunnableTask[SemanticBatch]):
 
     def segment(self, model: nn.Module, image: Tensor, *, multi_scale: bool = False) -> Tensor:
         """Return the classes of an image's pixels, uint8 [h, w], from uint8 [c, h, w]."""
-        return segment(model, image, inference_of(self.settings, multi_scale=multi_scale))  # type: ignore[arg-type]
+        with self.autocast():
+            return segment(model, image, inference_of(self.settings, multi_scale=multi_scale))  # type: ignore[arg-type]
 
     def evaluation(self, fabric: Fabric, model: nn.Module) -> IoUOfHeldOut:
         """Begin to segment held-out images."""
+        self.autocast = fabric.autocast
         return IoUOfHeldOut(fabric, partial(self.segment, self.model), self.classes, len(self.held_out), self._keep)
 
-    def _keep(self, found: Found) -> None:
+    def _keep(self, found: Overlap) -> None:
         self.judged = found
 
     def names(self, batch: SemanticBatch) -> list[str]:
@@ -132,6 +142,8 @@ class SegmentTask(RunnableTask[SemanticBatch]):
             notes.append(f"the encoder has {w.depth} blocks: {w.full_depth - w.depth} fresh blocks on top")
         if s.untrained:
             notes.append("nothing of the encoder's weights is used but their form (--untrained)")
+        if s.inference == "whole":
+            notes.append("tests look at whole images: --stride has no effect")
         if s.patch_size != w.patch_size[0]:
             notes.append(f"patch embedding resampled from {w.patch_size} to {s.patch_size}")
         positions = "absolute and relative" if s.relative_positions else "absolute"
@@ -154,6 +166,8 @@ class SegmentTask(RunnableTask[SemanticBatch]):
         save_trained(self.model, self.settings, self.about, run.path / TRAINED["segment"])
         self.model.eval()
         if self.judged is None:  # a complete run that was started again
+            if (run.path / "results.json").exists():
+                return
             self.judged, _ = judge(partial(self.segment, self.model), self.val, self.classes, settings.workers)
         more: dict[str, Any] = {"data": self.settings.data}
         run.say(str(self.judged))

@@ -10,7 +10,7 @@ from mirl.data.semantic import IGNORE, SemanticBatch, SemanticClass, SemanticVie
 from mirl.training.overlays import sheet
 from mirl.training.painting import errors, fitted, legend, painted
 
-TRAINING, IN_A_ROW, HELD_OUT = 6, 3, 5
+TRAINING, IN_A_ROW, HELD_OUT = 6, 2, 5
 LONGEST = 480  # pixels of a picture's longer side
 COLUMNS = ("image", "truth", "prediction", "wrong pixels")
 
@@ -23,9 +23,10 @@ def draw_training(views: SemanticViews, classes: Sequence[SemanticClass], path: 
     pairs = [fitted(*pair, longest=LONGEST) for pair in zip(shown.unpadded(), shown.unpadded("labels"), strict=True)]
     across = min(IN_A_ROW, len(pairs))
     pairs = pairs[: len(pairs) // across * across]
-    pictures = [painted(image, labels) for image, labels in pairs]
-    rows = [pictures[i : i + across] for i in range(0, len(pictures), across)]
-    sheet(rows, [""] * across, path, "training images", legend=legend([labels for _, labels in pairs], _names(classes)))
+    pictures = [picture for image, labels in pairs for picture in (image, painted(image, labels))]
+    rows = [pictures[i : i + 2 * across] for i in range(0, len(pictures), 2 * across)]
+    columns = ["image", "labels"] * across
+    sheet(rows, columns, path, "training images", legend=legend([labels for _, labels in pairs], _names(classes)))
 
 
 def draw_predictions(

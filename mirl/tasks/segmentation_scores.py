@@ -25,7 +25,7 @@ from mirl.errors import UserError
 from mirl.tasks.accuracy import write_json
 from mirl.tasks.confusion import draw_confusion, write_confusion
 from mirl.tasks.features import batches
-from mirl.tasks.mean_iou import LABELS, Segmentation, confusion_of
+from mirl.tasks.mean_iou import LABELS, Overlap, confusion_of
 from mirl.tasks.segmenter import load_segmenter
 from mirl.training.evaluation import Evaluation
 from mirl.training.processes import Fabric, over_processes
@@ -39,7 +39,7 @@ FILES = ("results.json", "confusion.csv", "confusion.png")
 class IoUOfHeldOut(Evaluation[SemanticBatch]):
     """An evaluation during training; in the end it tells `keep` what was found.
 
-    Values: as `Segmentation.figures`.
+    Values: as `Overlap.figures`.
 
     Args:
         images: how many are held out, over all processes.
@@ -49,7 +49,7 @@ class IoUOfHeldOut(Evaluation[SemanticBatch]):
 
     def __init__(
         self, fabric: Fabric, segment: Segment, classes: Sequence[SemanticClass], images: int,
-        keep: Callable[[Segmentation], None],
+        keep: Callable[[Overlap], None],
     ) -> None:  # fmt: skip
         self.fabric, self.segment, self.images, self.keep = fabric, segment, images, keep
         self.found = nothing_yet(classes)
@@ -67,17 +67,22 @@ class IoUOfHeldOut(Evaluation[SemanticBatch]):
         *confusion, images = over_processes(self.fabric, counts, "sum").cpu().split([counts.numel() - 1, 1])
         table = confusion[0].view_as(self.found.confusion)
         self.found = replace(self.found, confusion=table, images=int(images))
+        if not self.found.pixels:
+            raise UserError(
+                f"no pixel of the {self.images} held-out images has a label to judge by; check their label files and "
+                "the values in classes.json"
+            )
         self.keep(self.found)
         return self.found.figures
 
 
-def nothing_yet(classes: Sequence[SemanticClass]) -> Segmentation:
+def nothing_yet(classes: Sequence[SemanticClass]) -> Overlap:
     """Return what is found in no image."""
     table = torch.zeros(len(classes), len(classes), dtype=torch.int64)
-    return Segmentation(table, tuple(one.name for one in classes), images=0)
+    return Overlap(table, tuple(one.name for one in classes), images=0)
 
 
-def with_image(found: Segmentation, said: Tensor, truth: Tensor) -> Segmentation:
+def with_image(found: Overlap, said: Tensor, truth: Tensor) -> Overlap:
     """Add an image, uint8 [h, w] both."""
     added = confusion_of(said, truth, len(found.classes)).cpu()
     return replace(found, confusion=found.confusion + added, images=found.images + 1)
@@ -86,7 +91,7 @@ def with_image(found: Segmentation, said: Tensor, truth: Tensor) -> Segmentation
 @torch.inference_mode()
 def judge(
     segment: Segment, split: SemanticSplit, classes: Sequence[SemanticClass], workers: int | None
-) -> tuple[Segmentation, tuple[tuple[str, str], ...]]:
+) -> tuple[Overlap, tuple[tuple[str, str], ...]]:
     """Judge what segments on a split, with a progress bar; also return (name, reason) of images that cannot be read.
 
     Args:
@@ -116,11 +121,11 @@ def translation(given: Sequence[SemanticClass], known: Sequence[SemanticClass]) 
 
 def evaluate_segmenter(
     weights: str, data: str, folder: Path, *, multi_scale: bool = False, workers: int | None = None
-) -> Segmentation:
+) -> Overlap:
     """Judge a trained segmenter on label maps; write `results.json`, `confusion.csv` and `confusion.png` to `folder`.
 
     Args:
-        multi_scale: mean over six sizes of each image and its mirror image; twelve times as slow.
+        multi_scale: mean over six sizes of each image and its mirror image: about 17 times as slow.
 
     Raises:
         UserError: on a mistake in weights or data, or if the data have classes that the segmenter does not know.
@@ -150,7 +155,7 @@ def check_classes(data: str, given: Sequence[SemanticClass], known: Sequence[Sem
         )
 
 
-def write_results(found: Segmentation, folder: Path, **more: Any) -> None:
+def write_results(found: Overlap, folder: Path, **more: Any) -> None:
     """Write the figures, with `more` before them, and the confusion, as a table and as a picture."""
     results, table, picture = (folder / name for name in FILES)
     write_json(results, more | found.as_json())

@@ -87,7 +87,7 @@ def load_segmenter(weights: str | Path, *, multi_scale: bool = False) -> Trained
 
     Args:
         weights: run folder of mirl segment, finished or not, or its segmenter.safetensors.
-        multi_scale: average six sizes of the image and their mirror images: more than ten times as slow.
+        multi_scale: average six sizes of the image and their mirror images: about 17 times as slow.
 
     Raises:
         UserError: if there is no segmenter in it.

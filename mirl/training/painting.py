@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mirl.data.semantic import IGNORE
 from mirl.training.overlays import READABLE, Colour, colour
 
-UNLABELLED = 255
 OPACITY = 0.68  # of a class's colour over the grey image
 DARKEST, BRIGHTEST = 50, 215  # of that image: colours stay like those of the legend
 EDGE = 0.45  # brightness that is left where classes meet
@@ -26,7 +26,7 @@ FAINT = 0.35  # contrast that is left of an image under its errors
 
 def palette() -> np.ndarray:
     """Return the colours uint8 [256, 3] of labels; that of pixels without a label is dark."""
-    return np.array([colour(label + 1) for label in range(UNLABELLED)] + [HATCH[0]], dtype=np.uint8)
+    return np.array([colour(label + 1) for label in range(IGNORE)] + [HATCH[0]], dtype=np.uint8)
 
 
 def fitted(image: Tensor, *maps: Tensor, longest: int | None = None) -> tuple[Tensor, ...]:
@@ -58,7 +58,7 @@ def painted(image: Tensor, labels: Tensor) -> Tensor:
     behind = DARKEST + (BRIGHTEST - DARKEST) / 255 * _grey(image)
     picture = OPACITY * colours + (1 - OPACITY) * behind
     picture = torch.where(_edges(labels), EDGE * picture, picture)
-    return torch.where(labels == UNLABELLED, _hatching(labels), picture).round().byte()
+    return torch.where(labels == IGNORE, _hatching(labels), picture).round().byte()
 
 
 def errors(image: Tensor, said: Tensor, truth: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def errors(image: Tensor, said: Tensor, truth: Tensor) -> Tensor:
     grey = 255 * (1 - FAINT) + FAINT * _grey(image)
     red = torch.tensor(WRONG, dtype=torch.float32).view(3, 1, 1) * (0.8 + 0.2 * _grey(image) / 255)
     picture = torch.where(said != truth, red, grey)
-    return torch.where(truth == UNLABELLED, 0.0, picture).round().byte()
+    return torch.where(truth == IGNORE, 0.0, picture).round().byte()
 
 
 def legend(maps: Sequence[Tensor], names: Sequence[str]) -> list[tuple[str, Colour]]:
@@ -75,10 +75,10 @@ def legend(maps: Sequence[Tensor], names: Sequence[str]) -> list[tuple[str, Colo
     Args:
         names: of the classes.
     """
-    counts = torch.stack([torch.bincount(one.flatten(), minlength=UNLABELLED + 1) for one in maps]).sum(dim=0)
-    order = counts[:UNLABELLED].argsort(descending=True, stable=True).tolist()
+    counts = torch.stack([torch.bincount(one.flatten(), minlength=IGNORE + 1) for one in maps]).sum(dim=0)
+    order = counts[:IGNORE].argsort(descending=True, stable=True).tolist()
     found = [(names[label], colour(label + 1)) for label in order if counts[label]][:NAMED]
-    return [*found, ("no label", HATCH[0])] if counts[UNLABELLED] else found
+    return [*found, ("no label", HATCH[0])] if counts[IGNORE] else found
 
 
 def _grey(image: Tensor) -> Tensor:

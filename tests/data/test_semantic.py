@@ -226,7 +226,8 @@ def test_images_and_labels_are_paired_by_path(tmp_path):
     write(tmp_path, NAMES)
     split = open_semantic_test(str(tmp_path))
     assert [split.source.read_semantic(k)[1][0, 0].item() for k in (0, 1)] == [0, 2]
-    assert split.notes == ("2 labels without an image, such as 'x.png'",)
+    assert split.notes[0] == "2 labels without an image, such as 'x.png'"
+    assert split.notes[1].startswith("no held-out split: all 3 images are judged") and len(split.notes) == 2
     path = str(tmp_path / "labels" / "c.png")
     assert len(split) == 3 and bad(split, 2) == f"has no label: {path!r} is missing"
 
@@ -264,7 +265,7 @@ def test_classes_have_several_forms(tmp_path, classes, expected):
     "classes, said",
     [
         ('{"classes": [', "is not valid JSON"),
-        ("{}", "has no classes; write it as"),
+        ("{}", "has no classes beside void; write it as"),
         ("3", "has no classes"),
         ({"classes": ["void"], "void_index": 0}, "has no classes"),
         (["road", "road"], "has the name 'road' twice"),

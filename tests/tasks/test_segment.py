@@ -325,14 +325,35 @@ def test_relative_positions_train_and_open_again(vit, tmp_path):
 
 @pytest.mark.parametrize(("rank", "images"), [(1, 1), (2, 0)])
 def test_a_process_without_a_share_judges_nothing(rank, images):
-    """Of two held-out images the third process is given the first too."""
-    fabric = SimpleNamespace(global_rank=rank, device="cpu", all_reduce=lambda values, reduce_op: values)
+    """Of two held-out images the third process is given the first too; another found one image with four pixels."""
+    fabric = SimpleNamespace(global_rank=rank, device="cpu", all_reduce=lambda values, reduce_op: values + 1)
     classes, kept = (SemanticClass(0, "a"), SemanticClass(1, "b")), []
     evaluation = IoUOfHeldOut(fabric, lambda image: image[0], classes, 2, kept.append)
     picture, size = torch.zeros(1, 1, 4, 5, dtype=torch.uint8), torch.tensor([[4, 5]])
     evaluation.add(SemanticBatch(images=picture, labels=picture[0], sizes=size, indices=torch.tensor([0])))
     evaluation.values()
-    assert (kept[0].images, kept[0].pixels) == (images, 20 * images)
+    assert (kept[0].images, kept[0].pixels) == (1 + images, 4 + 20 * images)
+
+
+def test_what_cannot_be_learned_or_judged_is_refused(vit, tmp_path):
+    root = write_folder(tmp_path / "one", classes={"square": 7, "void_index": [3, 9]})
+    refused("has a single class, 'square'; list two or more", weights=vit, data=str(root), batch_size=4,
+            out=tmp_path / "run")  # fmt: skip
+    root = write_folder(tmp_path / "void")
+    for path in (root / "labels" / "val").iterdir():
+        Image.new("L", (48, 40), 255).save(path)
+    refused("no pixel of the .* held-out images has a label", weights=vit, data=str(root), batch_size=4,
+            out=tmp_path / "run")  # fmt: skip
+    refused("--overfit tests on the training images; leave out --val_fraction", weights=vit, data=str(root), overfit=2,
+            val_fraction=0.2, out=tmp_path / "run")  # fmt: skip
+
+
+def test_a_complete_run_keeps_its_results(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / "results.json").write_text('{"kept": true}')
+    train(out=run, resume=True, epochs=None)
+    assert results_of(run) == {"kept": True}
 
 
 def test_how_a_batch_is_cut_changes_no_gradient(vit, tmp_path):
