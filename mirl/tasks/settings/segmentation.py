@@ -15,6 +15,7 @@ from mirl.tasks.options import (
     ResolvedRun,
     RunOptions,
     built_in,
+    default_batch,
     default_folder,
     resolve_run,
 )
@@ -22,7 +23,8 @@ from mirl.tasks.options import (
 SIDE = 512  # pixels at patches of 16: of crops, of windows, and of an image's shorter side
 BATCH_SIZE, EPOCHS = 16, 127  # BEiT's 160,000 steps over ADE20K's 20,210 images
 WARMUP_STEPS, WARMUP_SHARE = 1500, 0.1  # the latter of the run, at most
-BASE_LR, SMALL_PEAK = 2e-4, 1e-4  # the latter is the smallest default peak, as in detection
+BASE_LR, BASE_STEPS, LARGEST_LR = 2e-4, 160_000, 1e-3  # a shorter run has a higher rate, by the root of its steps
+OVERFIT_STEPS = 500
 # BEiT's layer decay is 0.65 at 12 blocks, MIRL's probably 0.88 at 48: both leave the lowest layer about this much.
 LOWEST_SCALE, LEAST_LAYER_DECAY = 0.003, 0.65
 DEEP, DROP_PATH, DROP_PATH_OF_DEEP = 12, 0.1, 0.2
@@ -64,18 +66,19 @@ class _Segmentation:
     """compute blocks again in the backward pass: a third slower, for much less memory"""
 
     epochs: int | None = None
-    """passes over the data; by default 127 (the protocol's 160,000 steps on ADE20K), 12 for `shapes`"""
+    """passes over the data; by default 127 (the protocol's 160,000 steps on ADE20K), 12 for `shapes`; 500 steps with
+    --overfit"""
     base_lr: float | None = None
-    """learning rate of the heads for a batch of 16, in proportion for others; by default 2e-4, more if the peak would
-    be under 1e-4"""
+    """learning rate of the heads for a batch of 16, in proportion for others; by default 2e-4 for 160,000 steps of 16,
+    in a shorter run more, at most 1e-3"""
     layer_decay: float | None = None
     """factor of the rate from each block to the one below; by default 0.003^(1/(blocks + 1)), 0.65 or more; 1 with
-    --untrained"""
+    --untrained or --overfit"""
     warmup_epochs: float | None = None
     """linear warm-up; by default 1,500 steps of 16, at most a tenth of the run"""
     drop_path: float | None = None
     """probability of leaving out the last block's branches, lower blocks in proportion to depth; by default 0.1, of
-    more than 12 blocks 0.2"""
+    more than 12 blocks 0.2, with --overfit 0"""
     flip: bool = True
     """mirror half of the crops"""
     photometric: bool = True
@@ -143,13 +146,17 @@ def resolve_segmentation(
     most = max(unit, SIDE * patch // 16)
     size = given.image_size or max(SMALLEST, round(min(shorter_side, most)))
     crop = given.crop_size or math.ceil(min(size, most) / unit) * unit
-    epochs = given.epochs or (SMALL_EPOCHS if small else EPOCHS)
+    overfit = given.overfit is not None  # nothing has to generalise
+    steps = images // min(images, given.batch_size or default_batch(images, devices, BATCH_SIZE))
+    epochs = given.epochs or (math.ceil(OVERFIT_STEPS / steps) if overfit else SMALL_EPOCHS if small else EPOCHS)
     run = resolve_run(
         given, images=images, most=BATCH_SIZE, epochs=epochs, gpu=gpu, devices=devices, precision=precision,
         on_cpu=max(1, 64 * 224 * 224 // crop**2),
     )  # fmt: skip
-    # Fresh blocks have nothing to keep.
-    by_depth = 1.0 if given.untrained else max(LEAST_LAYER_DECAY, round(LOWEST_SCALE ** (1 / (depth + 1)), 2))
+    keeps = not (given.untrained or overfit)
+    by_depth = max(LEAST_LAYER_DECAY, round(LOWEST_SCALE ** (1 / (depth + 1)), 2)) if keeps else 1.0
+    drop_path = 0.0 if overfit else DROP_PATH if depth <= DEEP else DROP_PATH_OF_DEEP
+    shortness = max(1.0, BASE_STEPS * BATCH_SIZE / (images * epochs))
     warmup = min(WARMUP_STEPS * BATCH_SIZE / images, WARMUP_SHARE * epochs)
     choices = {
         "out": str(given.run_folder),
@@ -158,11 +165,9 @@ def resolve_segmentation(
         "stride": given.stride or max(1, crop * 2 // 3),
         "patch_size": patch,
         "width": given.width or (SMALL_WIDTH if small else width),
-        "base_lr": given.base_lr or max(BASE_LR, SMALL_PEAK * BATCH_SIZE / run["batch_size"]),
+        "base_lr": given.base_lr or round(min(LARGEST_LR, BASE_LR * math.sqrt(shortness)), 6),
         "layer_decay": by_depth if given.layer_decay is None else given.layer_decay,
         "warmup_epochs": warmup if given.warmup_epochs is None else given.warmup_epochs,
-        "drop_path": (DROP_PATH if depth <= DEEP else DROP_PATH_OF_DEEP)
-        if given.drop_path is None
-        else given.drop_path,
+        "drop_path": drop_path if given.drop_path is None else given.drop_path,
     }
     return ResolvedSegmentation(**dataclasses.asdict(given) | run | choices)
