@@ -17,18 +17,14 @@ from mirl.tasks.average_precision import AveragePrecision
 from mirl.tasks.detection_pictures import draw_found, draw_training
 from mirl.tasks.detection_scores import PrecisionOfHeldOut, Results, judge, write_detections
 from mirl.tasks.detector import described, detector_of
+from mirl.tasks.heads import HELD_OUT, TRAINING, HeadTask
 from mirl.tasks.options import ResolvedRun
-from mirl.tasks.run import RunnableTask
 from mirl.tasks.settings.detection import PROTOCOLS, Detection, ResolvedDetection
 from mirl.tasks.trained import save_trained
 from mirl.training.monitors import Monitor
-from mirl.training.optimizers import adamw
 from mirl.training.processes import Fabric
 from mirl.training.runs import TRAINED, RunFolder
 from mirl.training.schedules import learning_rate
-
-BETAS = (0.9, 0.999)
-TRAINING, HELD_OUT = 0, 1
 
 
 def training_view(settings: ResolvedDetection) -> View:
@@ -39,7 +35,7 @@ def training_view(settings: ResolvedDetection) -> View:
     return jitter_view(size, flip=settings.flip) if vitdet else coco_view(size, settings.largest, flip=settings.flip)
 
 
-class DetectTask(RunnableTask[InstanceBatch]):
+class DetectTask(HeadTask[InstanceBatch]):
     """Mask R-CNN on a ViT.
 
     Args:
@@ -49,15 +45,15 @@ class DetectTask(RunnableTask[InstanceBatch]):
         UserError: if encoder, sizes and protocol do not fit.
     """
 
+    settings: ResolvedDetection
+    val: InstanceSplit
     model: Detector
     training: InstanceViews
     held_out: InstanceViews
-    held_out_batch = 1  # images of any size: padded to each other they could be gigabytes
 
     def __init__(self, settings: ResolvedDetection, weights: Weights, train: InstanceSplit, val: InstanceSplit) -> None:
-        self.settings, self.weights, self.train, self.val = settings, weights, train, val
+        super().__init__(settings, weights, train, val)
         self.names_of_classes = [category.name for category in train.source.categories]
-        self.samples = len(train) + (0 if val is train else len(val))  # the same images with --overfit
         self.about = described(weights, train.source.categories)
         self.model = detector_of(settings, weights, len(self.names_of_classes), trained=not settings.untrained).train()
         self.training = InstanceViews(
@@ -69,14 +65,6 @@ class DetectTask(RunnableTask[InstanceBatch]):
     @property
     def encoder(self) -> Any:
         return self.model.backbone.encoder
-
-    def optimizer(self) -> torch.optim.Optimizer:
-        """Build AdamW with a rate that decays from the heads down to the patch embedding."""
-        s = self.settings
-        return adamw(
-            self.model, lr=s.peak_rate, weight_decay=s.weight_decay, betas=BETAS, fused=s.precision != "16",
-            layer_decay=s.layer_decay, encoder=self.encoder,
-        )  # fmt: skip
 
     def rate(self, epoch: float) -> float:
         """Return the heads' learning rate after so many epochs."""
@@ -99,9 +87,6 @@ class DetectTask(RunnableTask[InstanceBatch]):
     def _keep(self, found: AveragePrecision, results: Results) -> None:
         self.judged = found, results
 
-    def names(self, batch: InstanceBatch) -> list[str]:
-        return [self.train.source.name_of(int(index)) for index in batch.indices]
-
     def example(self, size: int) -> InstanceBatch:
         """Return random images as large as training has them, lying and upright, with a few objects each."""
         s = self.settings
@@ -120,20 +105,9 @@ class DetectTask(RunnableTask[InstanceBatch]):
         """Say everything that was chosen, before the first step."""
         s, w = self.settings, self.weights
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
-        notes = [f"training: {note}" for note in self.train.notes] + [f"held out: {note}" for note in self.val.notes]
-        if s.overfit is not None:
-            notes = [
-                f"trained and tested on the same {s.overfit} images, without random views (--overfit)",
-                *self.train.notes,
-            ]
-        if w.full_depth and w.full_depth > w.depth:
-            notes.append(f"the encoder has {w.depth} blocks: {w.full_depth - w.depth} fresh blocks on top")
+        notes = self.notes()
         if s.window != Detection.window and s.protocol != "vitdet":
             notes.append("--window has no effect without --protocol vitdet")
-        if s.untrained:
-            notes.append("nothing of the encoder's weights is used but their form (--untrained)")
-        if s.patch_size != w.patch_size[0]:
-            notes.append(f"patch embedding resampled from {w.patch_size} to {s.patch_size}")
         seen = f"squares of {s.image_size} px" if s.protocol == "vitdet" else f"{s.image_size} px, at most {s.largest}"
         attention = f"windows of {s.window} patches" if s.protocol == "vitdet" else "among all patches"
         return [

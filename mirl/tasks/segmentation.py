@@ -16,23 +16,20 @@ from mirl.errors import UserError
 from mirl.heads.sliding import segment
 from mirl.heads.upernet import Segmenter
 from mirl.models.weights import Weights
+from mirl.tasks.heads import HELD_OUT, TRAINING, HeadTask
 from mirl.tasks.mean_iou import Overlap
 from mirl.tasks.options import ResolvedRun
-from mirl.tasks.run import RunnableTask
 from mirl.tasks.segmentation_pictures import draw_predictions, draw_training
 from mirl.tasks.segmentation_scores import IoUOfHeldOut, judge, write_results
 from mirl.tasks.segmenter import described, inference_of, segmenter_of
 from mirl.tasks.settings.segmentation import ResolvedSegmentation
 from mirl.tasks.trained import save_trained
 from mirl.training.monitors import Monitor
-from mirl.training.optimizers import adamw
 from mirl.training.processes import Fabric
 from mirl.training.runs import TRAINED, RunFolder
 from mirl.training.schedules import learning_rate
 
-BETAS = (0.9, 0.999)
 AUXILIARY = 0.4  # weight of the auxiliary head's loss
-TRAINING, HELD_OUT = 0, 1
 
 
 def training_view(settings: ResolvedSegmentation) -> View:
@@ -43,7 +40,7 @@ def training_view(settings: ResolvedSegmentation) -> View:
     return crop_view(crop, size, flip=settings.flip, photometric=settings.photometric)
 
 
-class SegmentTask(RunnableTask[SemanticBatch]):
+class SegmentTask(HeadTask[SemanticBatch]):
     """UperNet on a ViT.
 
     Args:
@@ -53,20 +50,20 @@ class SegmentTask(RunnableTask[SemanticBatch]):
         UserError: if encoder and sizes do not fit, or there is a single class.
     """
 
+    settings: ResolvedSegmentation
+    val: SemanticSplit
     model: Segmenter
     training: SemanticViews
     held_out: SemanticViews
-    held_out_batch = 1  # images of any size: padded to each other they could be gigabytes
 
     def __init__(
         self, settings: ResolvedSegmentation, weights: Weights, train: SemanticSplit, val: SemanticSplit
     ) -> None:
-        self.settings, self.weights, self.train, self.val = settings, weights, train, val
+        super().__init__(settings, weights, train, val)
         self.classes = train.source.classes
         if len(self.classes) < 2:
             only = self.classes[0].name
             raise UserError(f"{settings.data!r} has a single class, {only!r}; list two or more, the background too")
-        self.samples = len(train) + (0 if val is train else len(val))  # the same images with --overfit
         self.about = described(weights, self.classes)
         self.model = segmenter_of(settings, weights, len(self.classes), trained=not settings.untrained).train()
         self.training = SemanticViews(
@@ -79,14 +76,6 @@ class SegmentTask(RunnableTask[SemanticBatch]):
     @property
     def encoder(self) -> Any:
         return self.model.encoder
-
-    def optimizer(self) -> torch.optim.Optimizer:
-        """Build AdamW with a rate that decays from the heads down to the patch embedding."""
-        s = self.settings
-        return adamw(
-            self.model, lr=s.peak_rate, weight_decay=s.weight_decay, betas=BETAS, fused=s.precision != "16",
-            layer_decay=s.layer_decay, encoder=self.encoder,
-        )  # fmt: skip
 
     def rate(self, epoch: float) -> float:
         """Return the heads' learning rate after so many epochs."""
@@ -112,9 +101,6 @@ class SegmentTask(RunnableTask[SemanticBatch]):
     def _keep(self, found: Overlap) -> None:
         self.judged = found
 
-    def names(self, batch: SemanticBatch) -> list[str]:
-        return [self.train.source.name_of(int(index)) for index in batch.indices]
-
     def example(self, size: int) -> SemanticBatch:
         """Return random crops with random labels."""
         side = self.settings.crop_size
@@ -135,17 +121,9 @@ class SegmentTask(RunnableTask[SemanticBatch]):
         """Say everything that was chosen, before the first step."""
         s, w = self.settings, self.weights
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
-        notes = [f"training: {note}" for note in self.train.notes] + [f"held out: {note}" for note in self.val.notes]
-        if s.overfit is not None:
-            notes = [f"trained and tested on the same {s.overfit} images, unscaled (--overfit)", *self.train.notes]
-        if w.full_depth and w.full_depth > w.depth:
-            notes.append(f"the encoder has {w.depth} blocks: {w.full_depth - w.depth} fresh blocks on top")
-        if s.untrained:
-            notes.append("nothing of the encoder's weights is used but their form (--untrained)")
+        notes = self.notes()
         if s.inference == "whole":
             notes.append("tests look at whole images: --stride has no effect")
-        if s.patch_size != w.patch_size[0]:
-            notes.append(f"patch embedding resampled from {w.patch_size} to {s.patch_size}")
         positions = "absolute and relative" if s.relative_positions else "absolute"
         windows = f"windows of {s.crop_size} px every {s.stride}" if s.inference == "slide" else "whole"
         return [
