@@ -231,7 +231,7 @@ def test_an_existing_run_is_kept_and_the_error_names_the_ways_on(mistake, tiny, 
     run = tmp_path / "run"
     run.mkdir()
     (run / "log.txt").touch()
-    (run / "config.yaml").write_text(config := yaml.safe_dump(tiny | {"epochs": 1}))
+    (run / "config.yaml").write_text(config := yaml.safe_dump(tiny | {"method": "mirl", "epochs": 1}))
     assert re.search("holds a run; add --resume to go on, --overwrite to start again, or another --out", mistake())
     assert "choose one" in mistake("--resume", "--overwrite")
     assert (run / "config.yaml").read_text() == config
