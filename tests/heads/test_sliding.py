@@ -92,6 +92,18 @@ def test_an_image_that_fits_into_a_window_is_seen_whole(make_segmenter, size):
     assert slide.shape == (6, *size)
 
 
+def test_windows_see_no_padding_where_they_cover_the_image():
+    """As in mmseg: 150 px are no multiple of two patches, but windows of 64 px are; 50 px are less than a window."""
+    white, looked = torch.full((3, 64, 150), 255, dtype=torch.uint8), []
+    colours = Colours().eval()
+    colours.register_forward_pre_hook(lambda module, inputs: looked.append(inputs[0]))
+    segment(colours, white, options())
+    assert all((window == 1).all() for window in looked)
+    looked.clear()
+    segment(colours, white[:, :50], options(image_size=50))
+    assert all((window[..., :50, :] == 1).all() and (window[..., 50:, :] == 0).all() for window in looked)
+
+
 def test_sliding_looks_through_every_window_once(make_segmenter):
     colours = Colours().eval()
     segment(colours, picture(64, 150), options(batch=2))
