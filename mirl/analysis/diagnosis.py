@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scipy.stats import binomtest
 from torch import Tensor
 
 from mirl.analysis.reinitialisation import Trial
@@ -91,6 +90,8 @@ def compare(one: Tensor, other: Tensor) -> Compared:
     Only images that one alone tells right speak; that both were tested on the same images makes the test sharper than
     two intervals side by side. What other images to fit on would change is not in it.
     """
+    from scipy.stats import binomtest  # slow to import, and whoever only reads figures does without
+
     first, second, t = int((one & ~other).sum()), int((other & ~one).sum()), len(one)
     margin = 1.96 * math.sqrt(first + second - (first - second) ** 2 / t) / t
     p = float(binomtest(first, first + second).pvalue) if first + second else 1.0

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from mirl.analysis.diagnosis import Diagnosis
-from mirl.training.checkpoints import atomic
+from mirl.training.files import atomic
 
 COLUMNS, WIDTH, PANEL = 4, 15.0, 2.75  # panels in a row; inches of the page's width and of a row's height
 LINE, LETTERS = 0.185, 205  # inches of a line of text, letters in it

@@ -19,7 +19,7 @@ from mirl.data.transforms import fixed_view
 from mirl.errors import UserError
 from mirl.methods import Term
 from mirl.tasks.pretrain import split_off_held_out
-from mirl.training.checkpoints import atomic
+from mirl.training.files import atomic
 from mirl.training.reconstructions import Components, Reconstruction, parts_of, to_rgb
 from mirl.training.runs import RunFolder, console, read_config
 

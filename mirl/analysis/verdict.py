@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
 
-from scipy.stats import ttest_rel
-
 from mirl.analysis.diagnosis import READ_OUTS, Diagnosis, compare, counted, percent, points, spans
 from mirl.analysis.representations import Measures
 from mirl.tasks.accuracy import wilson
@@ -237,4 +235,6 @@ def _better(one: Sequence[float], other: Sequence[float]) -> float:
     differences = {round(a - b, 12) for a, b in zip(one, other, strict=True)}
     if len(one) < 3 or len(differences) == 1:  # no spread is no evidence of none
         return 1.0
+    from scipy.stats import ttest_rel  # slow to import, and seldom needed
+
     return float(ttest_rel(one, other, alternative="greater").pvalue)

@@ -14,7 +14,7 @@ from mirl.reports.contents import Run, read_runs
 from mirl.reports.panels import galleries
 from mirl.reports.sections import Section, reconstructions, sections
 from mirl.reports.tables import ARROW, about, key_figures, side_by_side, status
-from mirl.training.checkpoints import atomic
+from mirl.training.files import atomic
 from mirl.training.runs import console
 
 LIMIT = 4_900_000  # bytes of the page

@@ -10,7 +10,7 @@ from mirl.analysis.diagnosis_page import COLOURS
 from mirl.studies.definition import Panel
 from mirl.studies.results import Found
 from mirl.studies.table import at, summarise
-from mirl.training.checkpoints import atomic
+from mirl.training.files import atomic
 
 WIDTH, HEIGHT = 5.2, 4.4  # inches of a panel
 TITLE, CAPTION = 46, 62  # letters across it

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
 from torch import nn
 
 from mirl.data.loading import LabelledBatch, Views
 from mirl.data.transforms import standardise
 from mirl.errors import UserError
 from mirl.tasks.features import batches
-from mirl.training.checkpoints import atomic
+from mirl.training.files import atomic
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,8 @@ def accuracy(scores: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> 
 
 def wilson(right: int, images: int) -> tuple[float, float]:
     """Return the 95 % confidence interval of a share of which `right` of `images` were seen."""
+    from scipy.stats import binomtest  # slow to import, and pre-training does without
+
     interval = binomtest(right, images).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
 

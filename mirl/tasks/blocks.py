@@ -18,9 +18,6 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from sklearn.linear_model import RidgeClassifierCV
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from timm.models import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,7 +27,7 @@ from mirl.data.loading import LabelledBatch, LabelledImages, Views, collate
 from mirl.data.transforms import fixed_view, normalise
 from mirl.reports.depth import FIGURES
 from mirl.tasks.knn import vote
-from mirl.training.checkpoints import atomic
+from mirl.training.files import atomic
 from mirl.training.monitors import Monitor
 from mirl.training.runs import RunFolder
 
@@ -171,6 +168,10 @@ def linear_accuracy(fit: Tensor, labels: Tensor, test: Tensor, truth: Tensor) ->
 
 def _ridge(fit: Tensor, labels: Tensor, test: Tensor) -> Tensor:
     """Return the classes [t] that a ridge classifier finds; its penalty is chosen on the features to fit."""
+    from sklearn.linear_model import RidgeClassifierCV  # slow to import, and only labelled images need it
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     classifier = make_pipeline(StandardScaler(), RidgeClassifierCV(alphas=np.logspace(0, 5, 6)))
     return torch.from_numpy(classifier.fit(fit.numpy(), labels.numpy()).predict(test.numpy()))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from mirl.training.checkpoints import atomic
+from mirl.training.files import atomic
 
 NAMED = 40  # most classes whose names fit beside a confusion matrix
 

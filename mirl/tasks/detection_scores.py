@@ -15,8 +15,8 @@ from mirl.tasks.average_precision import AveragePrecision, average_precision
 from mirl.tasks.detections import Detections, coco_results
 from mirl.tasks.detector import load_detector
 from mirl.tasks.features import batches
-from mirl.training.checkpoints import atomic
 from mirl.training.evaluation import Evaluation
+from mirl.training.files import atomic
 from mirl.training.processes import Fabric, from_all
 from mirl.training.runs import console
 

@@ -21,7 +21,7 @@ from mirl.data.run_lengths import area, encode_mask
 from mirl.data.sources import Source
 from mirl.errors import UserError
 from mirl.tasks.image_folder import readable, relative_names, save_picture, unused
-from mirl.training.checkpoints import atomic
+from mirl.training.files import atomic
 from mirl.training.overlays import overlay
 from mirl.training.runs import console
 

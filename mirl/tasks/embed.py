@@ -16,7 +16,7 @@ from mirl.data.sources import open_source
 from mirl.data.transforms import fixed_view
 from mirl.errors import UserError
 from mirl.tasks.features import FeatureOptions, batches, open_encoder
-from mirl.training.checkpoints import atomic
+from mirl.training.files import atomic
 from mirl.training.runs import console
 
 HEADER = 128  # bytes before the numbers of an .npy file, enough for any shape

@@ -12,9 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.special import softmax
-from sklearn.metrics import confusion_matrix
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 from mirl.data.labels import check_known, open_test
 from mirl.data.loading import LabelledImages
@@ -133,6 +131,10 @@ def evaluate(**options: Any) -> Evaluation | AveragePrecision | Overlap:
 
 def judge(found: Predictions, classes: tuple[str, ...]) -> Evaluation:
     """Compare predictions with the truth."""
+    # Slow to import, and only classifiers need them.
+    from sklearn.metrics import confusion_matrix
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
     probabilities = softmax(found.scores, axis=1)
     error = multiclass_calibration_error(
         torch.from_numpy(probabilities), torch.from_numpy(found.labels), len(classes), n_bins=CALIBRATION_BINS

@@ -14,7 +14,8 @@ from mirl.models.weights import Weights
 from mirl.tasks.card import model_card
 from mirl.tasks.options import ResolvedRun
 from mirl.tasks.settings.pretraining import Resolved
-from mirl.training.checkpoints import atomic, save_tensors
+from mirl.training.checkpoints import save_tensors
+from mirl.training.files import atomic
 from mirl.training.runs import RunFolder
 
 

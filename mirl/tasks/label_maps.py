@@ -18,7 +18,7 @@ from mirl.data.semantic import SemanticClass
 from mirl.data.sources import Source
 from mirl.errors import UserError
 from mirl.tasks.image_folder import readable, relative_names, save_picture, unused
-from mirl.training.checkpoints import atomic
+from mirl.training.files import atomic
 from mirl.training.overlays import colour
 from mirl.training.painting import fitted, painted
 from mirl.training.runs import console

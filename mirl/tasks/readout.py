@@ -12,7 +12,7 @@ from mirl.errors import UserError
 from mirl.tasks.accuracy import Accuracy, accuracy, write_json
 from mirl.tasks.features import FeatureOptions, cache, open_encoder
 from mirl.tasks.options import SEED, Ranges
-from mirl.training.checkpoints import atomic
+from mirl.training.files import atomic
 from mirl.training.runs import console
 
 # Reads classes: (features to fit [n, d], their labels [n], features to test [t, d], classes) -> name: scores [t, k].

@@ -1,10 +1,8 @@
 """Checkpoints that survive a kill at any moment: written aside, synced, renamed; the one before is kept."""
 
-import contextlib
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mirl.errors import UserError
+from mirl.training.files import atomic
 
 KEEP = 2  # the newest, and the one before in case the newest is damaged later
 UNDECAYED = "undecayed.pt"  # before the rate first decays: where a longer run begins
-
-
-@contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; when the block ends well, sync it and rename it to `path`."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, **metadata: str) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn
 from rich.text import Text
-from torch.utils.tensorboard import SummaryWriter
 
 from mirl.methods import is_term
 from mirl.training.runs import RunFolder, console, duration
@@ -37,6 +36,8 @@ class Monitor:
     def __init__(
         self, run: RunFolder, *, start: int, steps: int, steps_per_epoch: int, images: int, advise: bool
     ) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only training needs it
+
         self.run, self.start, self.steps, self.steps_per_epoch, self.images = run, start, steps, steps_per_epoch, images
         self._recent: deque[tuple[float, float]] = deque(maxlen=WINDOW)
         self._done = start

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
-from mirl.training.checkpoints import atomic
+from mirl.training.files import atomic
 from mirl.training.reconstructions import to_rgb
 
 Objects = Mapping[str, Tensor]

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from mirl.training.checkpoints import atomic
+from mirl.training.files import atomic
 from mirl.training.reconstructions import Panel, to_rgb
 
 # Figures that are drawn where they are known, alone, and what they are together.

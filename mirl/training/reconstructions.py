@@ -16,7 +16,7 @@ from mirl.data.transforms import channel_statistics
 from mirl.methods import Term
 from mirl.models.patches import Size, unpatchify
 from mirl.objectives.pixels import Target, to_pixels
-from mirl.training.checkpoints import atomic
+from mirl.training.files import atomic
 
 GREY = 0.5  # what a residual of nothing, and a masked patch, look like
 CELL = 160  # most pixels of a cell of an atlas: the report shows no more, and a WebP has at most 16,383 a side

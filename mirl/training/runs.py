@@ -16,7 +16,7 @@ import yaml
 from rich.console import Console
 
 from mirl.errors import UserError
-from mirl.training.checkpoints import atomic
+from mirl.training.files import atomic
 
 ENTRIES = (
     *("config.yaml", "log.txt", "metrics.jsonl", "tensorboard", "checkpoints", "encoder", "autoencoder.safetensors"),

@@ -13,8 +13,8 @@ from mirl.studies.definition import Cell
 from mirl.studies.estimate import cost, estimate
 from mirl.studies.figure import _caption, draw_figure
 from mirl.studies.results import Result, find_results
+from mirl.studies.running import publish
 from mirl.studies.stages import stages_of
-from mirl.studies.study import publish
 from mirl.studies.table import write_table
 
 

@@ -117,8 +117,8 @@ def test_next_runs_one_cell_and_minutes_as_many_as_fit(here, monkeypatch):
         pretend(study, cell, 0.5, seconds=40 / len(stages_of(study, cell)))
         return study.results / f"{cell.name}.json"
 
-    monkeypatch.setattr("mirl.studies.study.run_cell", pretended)
-    monkeypatch.setattr("mirl.studies.study.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("mirl.studies.running.run_cell", pretended)
+    monkeypatch.setattr("mirl.studies.running.time", SimpleNamespace(monotonic=lambda: now[0]))
     mirl.study("small", next=True)
     assert ran == ["mae_2_seed0"]
     # Twice as many blocks take longer than a minute, as far as one cell can tell; the next of two blocks fits.

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mirl.models.patches import pair
 from mirl.tasks.options import (
     COUNT,
     FRACTION,
@@ -128,6 +127,8 @@ def resolve_finetuning(
     Raises:
         UserError: if the batch is larger than the data or cannot be shared by the devices.
     """
+    from mirl.models.patches import pair  # it imports PyTorch, which options do without
+
     epochs = given.epochs or (20 if built_in(given.data) else FINETUNING_EPOCHS)
     run = resolve_run(
         given, images=images, most=FINETUNING_BATCH, epochs=epochs, gpu=gpu, devices=devices, precision=precision
