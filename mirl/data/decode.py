@@ -4,6 +4,7 @@ Images come from strangers, so sizes are checked before pixels are decoded, noth
 started, and no Pillow safety setting is loosened. Symbols: c channels, h and w image height and width.
 """
 
+import io
 import os
 import re
 import stat
@@ -20,6 +21,9 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 # EPS starts Ghostscript; IPTC opens whatever it contains, EPS too; Pillow can name the others but not decode them.
 EXCLUDED_FORMATS = {"EPS", "IPTC", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
+
+# Files up to this size are read by one call, which Pillow's many small ones cost more than; 32 MiB.
+READ_AT_ONCE = 2**25
 
 # EXIF orientation (1 is upright) -> how to turn the stored pixels.
 ORIENTATIONS = {
@@ -99,18 +103,34 @@ def read_image(path: str | os.PathLike[str], channels: int = 3) -> torch.Tensor:
             (`Image.MAX_IMAGE_PIXELS`), or has another number of channels.
     """
     with only_bad_image():
-        info = os.stat(path)
-        if not stat.S_ISREG(info.st_mode):  # opening a named pipe would wait for ever
-            raise BadImage("is not a regular file")
-        if info.st_size == 0:
-            raise BadImage("is empty (0 bytes)")
-        if os.fspath(path).lower().endswith(".npy"):
+        if is_array(path):
+            _check_file(path)
             return _read_array(path, channels)
-        if channels not in MODES:
-            raise BadImage(f"cannot have {channels} channels; only .npy files can")
-        with Image.open(path, formats=openable_formats()) as image:
-            image.load()
-            return image_to_tensor(_upright(image), channels)
+        with open_image(path, channels) as image:
+            return decoded(image, channels)
+
+
+def is_array(path: str | os.PathLike[str]) -> bool:
+    """Tell whether a file is NumPy's, by its suffix."""
+    return os.fspath(path).lower().endswith(".npy")
+
+
+def open_image(path: str | os.PathLike[str], channels: int) -> Image.Image:
+    """Return an image, but for `.npy`, of which the header alone was decoded; to be called in `only_bad_image`."""
+    size = _check_file(path)
+    if channels not in MODES:
+        raise BadImage(f"cannot have {channels} channels; only .npy files can")
+    if size > READ_AT_ONCE:
+        return Image.open(path, formats=openable_formats())
+    with open(path, "rb", buffering=0) as file:
+        return Image.open(io.BytesIO(file.read()), formats=openable_formats())
+
+
+def decoded(image: Image.Image, channels: int) -> torch.Tensor:
+    """Decode an image that `open_image` opened to uint8 [channels, h, w], upright; in `only_bad_image` too."""
+    image.load()
+    turn = turn_of(image)
+    return image_to_tensor(image if turn is None else image.transpose(turn), channels)
 
 
 def image_to_tensor(image: Image.Image, channels: int = 3) -> torch.Tensor:
@@ -173,13 +193,23 @@ def _read_array(path: str | os.PathLike[str], channels: int) -> torch.Tensor:
     return torch.from_numpy(np.stack([stretch(array[..., channel]) for channel in range(channels)]))
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """Return how to turn the stored pixels upright, None if they are."""
     # Not ImageOps.exif_transpose: it also rewrites the metadata, copies every image, and fails on damaged EXIF.
     try:
-        turn = ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # the pixels are good even where the metadata is not
-        return image
-    return image if turn is None else image.transpose(turn)
+        return None
+
+
+def _check_file(path: str | os.PathLike[str]) -> int:
+    """Return a file's bytes, which are some."""
+    info = os.stat(path)
+    if not stat.S_ISREG(info.st_mode):  # opening a named pipe would wait for ever
+        raise BadImage("is not a regular file")
+    if info.st_size == 0:
+        raise BadImage("is empty (0 bytes)")
+    return info.st_size
 
 
 def _too_large(pixels: int) -> str:

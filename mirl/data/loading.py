@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self, TypeVar
 
@@ -21,7 +21,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mirl.data.decode import BadImage
-from mirl.data.sources import Source
+from mirl.data.pictures import Picture
+from mirl.data.sources import Source, opened
+from mirl.data.transforms import RandomCrop
 from mirl.errors import UserError
 from mirl.models.masking import split
 from mirl.models.patches import Size
@@ -96,24 +98,33 @@ class LabelledBatch(Batch):
 
 
 @contextmanager
-def seeded(*key: int) -> Iterator[None]:
+def seeded(*key: int, torch_alone: bool = False) -> Iterator[None]:
     """Make random numbers of torch, NumPy and Python functions of `key` in the block; leave the CPU's as they were.
 
-    timm's augmentations draw from all three.
+    timm's augmentations draw from all three. `torch_alone` leaves out the other two, 0.1 ms.
     """
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
     seeds = np.random.SeedSequence(key).generate_state(2, np.uint64)
+    state = torch.get_rng_state()
     torch.default_generator.manual_seed(int(seeds[0]))
-    np.random.seed(int(seeds[1] >> 32))  # noqa: NPY002
-    random.seed(int(seeds[1]))
     if torch.cuda.is_initialized():  # never in a data worker
         torch.cuda.manual_seed(int(seeds[0]))
     try:
+        with nullcontext() if torch_alone else _others_seeded(int(seeds[1])):
+            yield
+    finally:
+        torch.set_rng_state(state)
+
+
+@contextmanager
+def _others_seeded(seed: int) -> Iterator[None]:
+    states = np.random.get_state(), random.getstate()  # noqa: NPY002
+    np.random.seed(seed >> 32)  # noqa: NPY002
+    random.seed(seed)
+    try:
         yield
     finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        random.setstate(states[2])
+        np.random.set_state(states[0])  # noqa: NPY002
+        random.setstate(states[1])
 
 
 class Views(Dataset[Batch]):
@@ -121,11 +132,14 @@ class Views(Dataset[Batch]):
 
     Args:
         members: indices into `source`; sample i of this data set is `source.read(members[i])`.
-        view: maps uint8 [c, h, w] to the model's image size; may draw random numbers.
+        view: maps uint8 [c, h, w] to the model's image size; may draw random numbers. A `RandomCrop` is given pictures
+            that are not decoded yet.
         smallest: (height, width); smaller images are bad images.
         key: numbers that, with (epoch, index), determine everything random.
         substitute: take the next readable image for one that cannot be read. If False the batch is empty.
     """
+
+    torch_alone = False  # whether only torch draws random numbers, which takes less time to seed
 
     def __init__(
         self,
@@ -145,55 +159,64 @@ class Views(Dataset[Batch]):
 
     def __getitem__(self, key: Key) -> Batch:
         epoch, index = key
-        sample, member, bad = self._read(index)
-        if sample is None:
-            return Batch(images=torch.empty(0, 0, 0, 0), indices=torch.empty(0), bad=bad)
-        with seeded(*self.key, epoch, index):
-            return replace(self._batch(sample, member), bad=bad)
+        bad: list[tuple[str, str]] = []
+        for member in self._candidates(index):
+            try:
+                sample = self._open(member)
+                with seeded(*self.key, epoch, index, torch_alone=self.torch_alone):
+                    return replace(self._batch(sample, member), bad=tuple(bad))
+            except BadImage as error:
+                bad.append((self.source.name_of(member), error.reason))
+        if not self.substitute:
+            return Batch(images=torch.empty(0, 0, 0, 0), indices=torch.empty(0), bad=tuple(bad))
+        name, reason = bad[-1]
+        raise UserError(f"{len(bad)} images in a row cannot be used, the last: {name} {reason}; check the data")
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        """Return where in the source sample `index` is, then what may stand in for it."""
+        for shift in range(min(MAX_CONSECUTIVE_BAD, len(self)) if self.substitute else 1):
+            # Neighbours first, then ever farther: a whole broken folder must not stop the run.
+            offset = shift if shift < 10 else shift * shift
+            yield int(self.members[(index + offset) % len(self)])
 
     def _batch(self, sample: Any, member: int) -> Batch:
-        """Make a batch of what `_open` returned."""
+        """Make a batch of what `_open` returned, or raise BadImage."""
         return Batch(images=self.view(sample)[None], indices=torch.tensor([member]))
 
     def _open(self, member: int) -> Any:
-        """Return image `member` of the source, uint8 [c, h, w], and what else its batch needs, or raise BadImage."""
+        """Return image `member` as the view takes it, and what else its batch needs, or raise BadImage."""
+        if isinstance(self.view, RandomCrop):
+            picture = opened(self.source, member)
+            self._check_size(picture.size)
+            return picture
         return self._checked(self.source.read(member))
 
     def _checked(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]
-        if height < self.smallest[0] or width < self.smallest[1]:
-            raise BadImage(f"is {height}x{width} px, smaller than a patch ({self.smallest[0]}x{self.smallest[1]})")
+        self._check_size((height, width))
         return image
 
-    def _read(self, index: int) -> tuple[Any, int, tuple[tuple[str, str], ...]]:
-        """Return what `_open` does or None, the index in the source, and the unusable files that it stands in for."""
-        bad: list[tuple[str, str]] = []
-        for shift in range(min(MAX_CONSECUTIVE_BAD, len(self)) if self.substitute else 1):
-            # Neighbours first, then ever farther: a whole broken folder must not stop the run.
-            offset = shift if shift < 10 else shift * shift
-            member = int(self.members[(index + offset) % len(self)])
-            try:
-                return self._open(member), member, tuple(bad)
-            except BadImage as error:
-                bad.append((self.source.name_of(member), error.reason))
-        if not self.substitute:
-            return None, member, tuple(bad)
-        name, reason = bad[-1]
-        raise UserError(f"{len(bad)} images in a row cannot be used, the last: {name} {reason}; check the data")
+    def _check_size(self, size: Size) -> None:
+        if size[0] < self.smallest[0] or size[1] < self.smallest[1]:
+            smallest = f"{self.smallest[0]}x{self.smallest[1]}"
+            raise BadImage(f"is {size[0]}x{size[1]} px, smaller than a patch ({smallest})")
 
 
 class MaskedImages(Views):
     """Views with a random mask each.
 
     Args:
-        patches: number of patches n; mask_ratio: share of them that is masked. The others are those of `Views`.
+        patches: number of patches n; mask_ratio: share of them that is masked. The others are those of `Views`; `view`
+            draws from torch's generator alone.
     """
+
+    torch_alone = True
 
     def __init__(self, *views: Any, patches: int, mask_ratio: float, **options: Any) -> None:
         super().__init__(*views, **options)
         self.patches, self.mask_ratio = patches, mask_ratio
 
-    def _batch(self, image: Tensor, member: int) -> MaskedBatch:
+    def _batch(self, image: Tensor | Picture, member: int) -> MaskedBatch:
         images = self.view(image)[None]
         visible, masked = split(torch.rand(1, self.patches), self.mask_ratio)
         return MaskedBatch(images=images, indices=torch.tensor([member]), visible=visible, masked=masked)
@@ -206,7 +229,7 @@ class LabelledImages(Views):
         super().__init__(*views, **options)
         self.labels = labels
 
-    def _batch(self, image: Tensor, member: int) -> LabelledBatch:
+    def _batch(self, image: Tensor | Picture, member: int) -> LabelledBatch:
         label = torch.tensor([int(self.labels[member])])
         return LabelledBatch(images=self.view(image)[None], indices=torch.tensor([member]), labels=label)
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from mirl.data.decode import MODES, image_suffixes, image_to_tensor, only_bad_image, read_image
+from mirl.data.pictures import DecodedPicture, Picture, open_picture
 from mirl.errors import UserError
 
 LIST_SUFFIXES = (".txt", ".lst")
@@ -52,6 +53,11 @@ class Source(Protocol):
     def read(self, index: int) -> torch.Tensor:
         """Return uint8 [c, h, w], or raise `BadImage`."""
         ...
+
+
+def opened(source: Source, index: int) -> Picture:
+    """Return an image whose pixels are decoded when a box is asked for, where the source can, or raise `BadImage`."""
+    return source.open(index) if isinstance(source, ImageFiles) else DecodedPicture(source.read(index))
 
 
 class PackedStrings:
@@ -107,6 +113,10 @@ class ImageFiles:
     def read(self, index: int) -> torch.Tensor:
         """Return uint8 [c, h, w], or raise `BadImage`."""
         return read_image(self.path_of(index), self.channels)
+
+    def open(self, index: int) -> Picture:
+        """Return the image as one to ask for boxes, or raise `BadImage`."""
+        return open_picture(self.path_of(index), self.channels)
 
 
 class TorchvisionImages:

@@ -114,7 +114,7 @@ def test_randaugment_is_timms(size):
 def test_no_operation_of_randaugment_fails(description):
     """At some magnitudes timm's keep no bit of colour, which Pillow refuses."""
     image = Image.fromarray(noise(16, 16, 3).numpy())
-    for operation in augmented_view((16, 16), 1.0, False, description).transforms[2].lambd.ops:
+    for operation in augmented_view((16, 16), 1.0, False, description).after.transforms[1].lambd.ops:
         operation.prob = 1.0
         for key in range(20):
             with seeded(key):
