@@ -18,6 +18,7 @@ from mirl.models.masking import split
 from mirl.models.patches import Size, pair
 from mirl.tasks.settings.pretraining import Resolved, autoencoder_of, default_patch
 
+IMAGES = 64
 LINEAR = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution, torch.ops.aten.convolution_backward}
 
 
@@ -31,6 +32,12 @@ class Cost:
     @property
     def total(self) -> float:
         return self.linear + self.attention
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.linear + other.linear, self.attention + other.attention)
+
+    def __truediv__(self, images: int) -> "Cost":
+        return Cost(self.linear / images, self.attention / images)
 
     def __sub__(self, other: "Cost") -> "Cost":
         return Cost(self.linear - other.linear, self.attention - other.attention)
@@ -61,17 +68,20 @@ class StepCost:
 
 
 def step_cost(model: Autoencoder, mask_ratio: float) -> StepCost:
-    """Count a pre-training step of an autoencoder on the meta device for one image."""
+    """Count a pre-training step of an autoencoder on the meta device for one image of a batch of 64.
+
+    Of a batch, because what is the same in every image (masked patches before the first block) is computed once.
+    """
     patches = len(model.positions)
-    image = torch.empty(1, patches, model.patch_values, device="meta")
-    visible, masked = split(torch.empty(1, patches, device="meta"), mask_ratio)
+    image = torch.empty(IMAGES, patches, model.patch_values, device="meta")
+    visible, masked = split(torch.empty(IMAGES, patches, device="meta"), mask_ratio)
     with torch.no_grad():
         encoder = count(
             lambda: run_segments(model.encoder, embed_visible(model.encoder, image, visible), model.method.taps)
         )
         forward = count(lambda: model(image, visible, masked))
     both = count(lambda: torch.stack([p.sum() for p in model(image, visible, masked)]).sum().backward())
-    return StepCost(encoder, forward - encoder, both)
+    return StepCost(encoder / IMAGES, (forward - encoder) / IMAGES, both / IMAGES)
 
 
 def parameter_count(module: nn.Module) -> int:

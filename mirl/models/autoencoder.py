@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mirl.methods import Method
 from mirl.models.decoder import NORM_EPS, Decoder, DecoderShape
@@ -48,6 +49,7 @@ class Autoencoder(nn.Module):
             self.embed_input = nn.Sequential(nn.LayerNorm(width, eps=NORM_EPS), nn.Linear(width, shape.width))
             initialise(self.embed_input)
         self.register_buffer("positions", self._fixed_positions(), persistent=False)
+        self.checkpointing = False
 
     def _fixed_positions(self) -> Tensor:
         return sincos_positions(self.shape.width, grid_size(self.image_size, self.patch_size))
@@ -56,6 +58,16 @@ class Autoencoder(nn.Module):
         """Compute the decoders' positions, which are no weights, on `device`: for a model built on the meta device."""
         with torch.device(device):
             self.positions = self._fixed_positions()
+
+    def set_checkpointing(self, enabled: bool = True) -> None:
+        """Compute blocks and decoders again in the backward pass: much less memory, the same results."""
+        self.checkpointing = enabled
+        self.encoder.set_grad_checkpointing(enabled)
+
+    def compile_repeated(self) -> None:
+        """Compile blocks and decoders, not the whole: the code of the first of a kind then serves all of its kind."""
+        for module in (*self.encoder.blocks, *self.decoders):
+            module.compile()
 
     def forward(self, patches: Tensor, visible: Tensor, masked: Tensor, *, all_patches: bool = False) -> list[Tensor]:
         """Predict the masked patches from the visible ones, once per decoder.
@@ -74,19 +86,29 @@ class Autoencoder(nn.Module):
         decoders = cast(Sequence[Decoder], self.decoders)
         tokens = [decoder.embed(norm(z)) for decoder, norm, z in zip(decoders, norms, segments[1:], strict=True)]
         sources = segments if self.embed_input is None else [self.embed_input(segments[0]), *tokens]
-        positions = self.positions[torch.cat([visible, masked], dim=1)]
-        positions = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)  # class token: position zero
+        decode = _recomputed if self.checkpointing and torch.is_grad_enabled() else _computed
         predictions = []
         for number, decoder in enumerate(decoders, start=1):
             memory = [sources[segment] for segment in self.method.memory(number)]
             did = torch.cat(memory, dim=1) if memory else None
-            predictions.append(decoder(tokens[number - 1], did, positions, all_patches=all_patches))
+            predictions.append(decode(decoder, tokens[number - 1], did, self.positions, visible, masked,
+                                      all_patches=all_patches))  # fmt: skip
         return predictions
 
     def parted(self, predictions: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Part predictions [b, m, p + features] into pixels [b, m, p] and features [b, m, features] of each decoder."""
         p = self.patch_values
         return [both[..., :p] for both in predictions], [both[..., p:] for both in predictions]
+
+
+def _computed(decoder: Decoder, *tensors: Tensor | None, all_patches: bool) -> Tensor:
+    prediction: Tensor = decoder(*tensors, all_patches=all_patches)
+    return prediction
+
+
+def _recomputed(decoder: Decoder, *tensors: Tensor | None, all_patches: bool) -> Tensor:
+    prediction: Tensor = checkpoint(decoder, *tensors, all_patches=all_patches, use_reentrant=False)
+    return prediction
 
 
 def without_features(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

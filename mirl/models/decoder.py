@@ -4,8 +4,9 @@ Symbols: b batch, v visible and m masked patches, w decoder width, p values of o
 class token, visible, masked: attention does not care about order, and slices then replace scatter and gather.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from timm.layers import Mlp
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
+from mirl.models.attention import attend
 from mirl.models.encoder import initialise
 
 NORM_EPS = 1e-6
@@ -51,9 +53,13 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
-        q = self.q(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k, v = self.kv(memory).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.projected(self.q(queries), self.kv(memory))
+
+    def projected(self, q: Tensor, kv: Tensor) -> Tensor:
+        """Attend with what `self.q` and `self.kv` have returned, [b, q, w] and [b, k, 2 w]."""
+        q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = kv.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class DecoderBlock(nn.Module):
@@ -75,9 +81,37 @@ class DecoderBlock(nn.Module):
         """Map tokens [b, t, w] to [b, t - first_query, w]: tokens before `first_query` are only attended to."""
         normed = self.norm_self(x)
         x = x[:, first_query:] + self.self_attention(normed[:, first_query:], normed)
+        return self._did_and_mlp(x, memory)
+
+    def begin(
+        self, seen: Tensor, hidden: Tensor, masked: Tensor, memory: Tensor | None, first_query: int = 0
+    ) -> Tensor:
+        """Do what `forward` does for `seen` [b, 1 + v, w] followed by rows `masked` [b, m] of `hidden` [n, w].
+
+        Before the first block a masked patch is a mask token and a position, the same in every image: it is projected
+        once for each position, not once for each image.
+        """
+        attention = self.self_attention
+        normed, normed_hidden = self.norm_self(seen), self.norm_self(hidden)
+        kv = attention.kv(normed)
+        x, q, kv_hidden = (
+            look_up(t, masked) for t in (hidden, attention.q(normed_hidden), attention.kv(normed_hidden))
+        )
+        if first_query < seen.shape[1]:
+            x = torch.cat([seen[:, first_query:], x], dim=1)
+            q = torch.cat([attention.q(normed[:, first_query:]), q], dim=1)
+        x = x + attention.projected(q, torch.cat([kv, kv_hidden], dim=1))
+        return self._did_and_mlp(x, memory)
+
+    def _did_and_mlp(self, x: Tensor, memory: Tensor | None) -> Tensor:
         if self.did is not None:
             x = x + self.did(self.norm_did(x), self.norm_memory(memory))
         return x + self.mlp(self.norm_mlp(x))
+
+
+def look_up(table: Tensor, rows: Tensor) -> Tensor:
+    """Return `rows` [b, m] of `table` [n, d] as [b, m, d]; gradients of a row add up over images in float32."""
+    return F.embedding(rows, table.float()).to(table.dtype)
 
 
 class Decoder(nn.Module):
@@ -106,13 +140,17 @@ class Decoder(nn.Module):
             gain = self.predict.get_parameter("parametrizations.weight.original0")
             nn.init.ones_(gain.requires_grad_(False))
 
-    def forward(self, tokens: Tensor, memory: Tensor | None, positions: Tensor, *, all_patches: bool = False) -> Tensor:
+    def forward(
+        self, tokens: Tensor, memory: Tensor | None, positions: Tensor, visible: Tensor, masked: Tensor, *,
+        all_patches: bool = False,
+    ) -> Tensor:  # fmt: skip
         """Predict patches.
 
         Args:
             tokens: [b, 1 + v, w], this segment's class token and visible tokens after `embed`.
             memory: [b, k, c] tokens for DID, or None.
-            positions: [b, 1 + n, w] in the order class token, visible, masked.
+            positions: [n, w] of all patches; the class token's is zero.
+            visible, masked: [b, v] and [b, m] patch indices.
             all_patches: predict visible patches too; training needs only the masked ones, so the last block then
                 computes queries for these alone.
 
@@ -120,13 +158,13 @@ class Decoder(nn.Module):
             [b, m, p] predictions of the masked patches, or [b, v + m, p], visible first. Where the shape has features,
             they follow the p pixel values.
         """
-        masked = positions.shape[1] - tokens.shape[1]
-        mask_tokens = self.mask_token.to(tokens.dtype).expand(len(tokens), masked, -1)
-        x = torch.cat([tokens, mask_tokens], dim=1) + positions
-        *early, last = self.blocks
-        for block in early:
-            x = block(x, memory)
-        x = last(x, memory, first_query=1 if all_patches else tokens.shape[1])
+        seen = tokens + F.pad(positions[visible], (0, 0, 1, 0))
+        hidden = self.mask_token[0] + positions
+        first, *others = cast(Sequence[DecoderBlock], self.blocks)
+        first_query = 1 if all_patches else tokens.shape[1]
+        x = first.begin(seen, hidden, masked, memory, 0 if others else first_query)
+        for block in others:
+            x = block(x, memory, first_query if block is others[-1] else 0)
         x = self.norm(x)
         pixels = self.predict(x)
         return pixels if self.predict_features is None else torch.cat([pixels, self.predict_features(x)], dim=-1)

@@ -10,7 +10,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import VisionTransformer
+from timm.models import VisionTransformer, checkpoint_seq
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +19,7 @@ from mirl.models.patches import Size, gather, sincos_positions
 
 # name: (width, heads). s has 12 heads, as in the paper's Table 1 (timm's vit_small has 6).
 ARCHITECTURE = "vit_base_patch16_224"  # of timm's; every size of it is an argument
+INSIDE_A_BLOCK = 17  # tensors like its input that a block keeps for its backward pass, about
 WIDTHS = {"ti": (192, 3), "s": (384, 12), "b": (768, 12), "l": (1024, 16)}
 
 
@@ -130,9 +131,16 @@ def embed_visible(encoder: VisionTransformer, patches: Tensor, visible: Tensor) 
 
 
 def run_segments(encoder: VisionTransformer, tokens: Tensor, taps: Iterable[int]) -> list[Tensor]:
-    """Run the blocks and return [z_0, z_1, ..., z_G], z_g after `taps[g - 1]` blocks. Paper: Eq. (5)."""
+    """Run the blocks and return [z_0, z_1, ..., z_G], z_g after `taps[g - 1]` blocks. Paper: Eq. (5).
+
+    With `encoder.set_grad_checkpointing()` only the input of every k-th block is kept and the k blocks are computed
+    again in the backward pass; k grows with the square root of the depth, and so does memory.
+    """
+    kept = encoder.grad_checkpointing and torch.is_grad_enabled()
+    every = max(1, round((len(encoder.blocks) / INSIDE_A_BLOCK) ** 0.5))
     segments, start = [tokens], 0
     for stop in taps:
-        segments.append(encoder.blocks[start:stop](segments[-1]))
+        blocks = encoder.blocks[start:stop]
+        segments.append(checkpoint_seq(blocks, segments[-1], every=every) if kept else blocks(segments[-1]))
         start = stop
     return segments

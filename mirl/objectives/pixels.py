@@ -1,10 +1,12 @@
 """The pixel objective: what masked patches should be, and how far the predictions are. Paper: Eq. (4), (6), (7)."""
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mirl.methods import Part, Term
 
@@ -32,7 +34,7 @@ def pixel_target(patches: Tensor, target: Target) -> Tensor:
 def total(predictions: Sequence[Tensor], term: Term) -> Tensor:
     """Add up what the term's decoders predict, in float32; no gradient passes through its detached ones."""
     members = (predictions[d - 1].detach() if d in term.detached else predictions[d - 1] for d in term.decoders)
-    return torch.stack([member.float() for member in members]).sum(0)
+    return reduce(torch.add, (member.float() for member in members))
 
 
 def reconstruction_loss(
@@ -49,7 +51,10 @@ def reconstruction_loss(
 
     Paper: Eq. (6) for one term (Eq. (4) if it has one decoder), Eq. (7) for their weighted sum.
     """
-    losses = [(total(predictions, term) - targets[term.target].float()).square().mean(dim=(1, 2)) for term in terms]
+    losses = [
+        F.mse_loss(total(predictions, term), targets[term.target].float(), reduction="none").mean(dim=(1, 2))
+        for term in terms
+    ]
     return weighted(losses, terms), torch.stack(losses)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mirl.data.loading import B, seeded
 from mirl.errors import UserError
+from mirl.models.attention import choose_attention
 from mirl.training.evaluation import Evaluation, Means
 from mirl.training.monitors import Monitor
 from mirl.training.processes import Fabric, as_one, over_processes
@@ -82,13 +83,22 @@ class Task(ABC, Generic[B]):
         """Name the batch's images."""
 
 
+def place(fabric: Fabric, task: Task[B]) -> None:
+    """Move the task to its device, and let its timm blocks use the attention that is fastest there."""
+    task.to(fabric.device)
+    with fabric.autocast():
+        half = torch.is_autocast_enabled(fabric.device.type)
+        dtype = torch.get_autocast_dtype(fabric.device.type) if half else torch.float32
+    choose_attention(task.model, fabric.device, dtype)
+
+
 def probe(fabric: Fabric, task: Task[B], micro_batch: int, run: RunFolder) -> tuple[int, float]:
     """Find a micro-batch that fits and measure the seconds that an image takes, by forward and backward passes.
 
     On a GPU the size is halved until it fits; all processes take the smallest found. A CPU keeps the size given.
     """
     gpu, model = fabric.device.type == "cuda", task.model
-    task.to(fabric.device)
+    place(fabric, task)
     # Room for what a step needs besides: two moments of AdamW, and the buckets of several processes.
     reserve = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(3)] if gpu else []
     size = micro_batch

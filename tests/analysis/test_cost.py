@@ -58,11 +58,14 @@ def decoding(method, segments, depth, context="dense"):
 
 @pytest.mark.parametrize("segments", [2, 6])
 def test_as_many_decoder_blocks_cost_about_the_same_in_every_method(segments):
-    """What `studies/` rests on: twelve blocks in all, one decoder's or shared; only DID costs something more."""
+    """What `studies/` rests on: twelve blocks in all, one decoder's or shared.
+
+    DID costs something; each decoder saves in its first block, which projects masked patches once for all images.
+    """
     alone, shared = decoding("mae", None, 12), partial(decoding, segments=segments, depth=12 // segments)
     for method in ("mirl", "multi_decoder"):
-        assert shared(method, context="none") == pytest.approx(alone, rel=0.1)
-    assert alone < shared("mirl") < 1.25 * alone
+        assert 0.85 * alone < shared(method, context="none") < alone
+    assert 0.95 * alone < shared("mirl") < 1.15 * alone
 
 
 def test_a_truncated_encoder_is_counted_as_it_is_built(capsys):
