@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup browser demo test lint
+.PHONY: setup browser demo bench test lint
 
 # Everything is installed once; constraints.txt pins what it was tested with.
 setup: .venv/installed
@@ -27,6 +27,14 @@ browser:
 # A process for each core, each with one thread: more threads than cores make PyTorch ten times slower.
 test: setup browser
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
+
+# Speed and memory, against the peers, on the machine at hand: an hour on two cores, best with nothing beside it.
+bench: setup
+	$(BIN)/python bench/step.py --models vit_s_54 vit_b_24 vit_b_48 vit_b_12 --compile
+	$(BIN)/python bench/step.py --models vit_s_12 vit_s_24 vit_s_48 vit_s_96 vit_s_200 --segments 2 --batches 8 --precisions bf16 --no_peer
+	$(BIN)/python bench/data.py
+	$(BIN)/python bench/plan.py
+	$(BIN)/python bench/startup.py
 
 lint: setup
 	$(BIN)/ruff format --check

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mirl.analysis.app import app
     from mirl.analysis.cost import info
     from mirl.analysis.degradation import DiagnoseOptions, diagnose
+    from mirl.analysis.planning import RunPlan, plan
     from mirl.analysis.reconstruct import reconstruct
     from mirl.analysis.reconstructor import Reconstructor
     from mirl.errors import UserError
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from mirl.tasks.segmenter import load_segmenter
     from mirl.tasks.settings.detection import Detection
     from mirl.tasks.settings.finetuning import Finetuning
+    from mirl.tasks.settings.planning import PlanOptions
     from mirl.tasks.settings.pretraining import Pretraining
     from mirl.tasks.settings.segmentation import Segmentation
     from mirl.tasks.weights import load_autoencoder, load_encoder
@@ -64,13 +66,16 @@ _HOMES = {
     "load_encoder": "mirl.tasks.weights",
     "load_autoencoder": "mirl.tasks.weights",
     "info": "mirl.analysis.cost",
+    "plan": "mirl.analysis.planning",
+    "PlanOptions": "mirl.tasks.settings.planning",
+    "RunPlan": "mirl.analysis.planning",
     "study": "mirl.studies.study",
     "UserError": "mirl.errors",
 }
 __all__ = ["Conversion", "Detection", "DiagnoseOptions", "EmbedOptions", "EvaluateOptions", "Finetuning",
-           "KNNOptions", "Pretraining", "ProbeOptions", "Reconstructor", "Segmentation", "UserError",
-           "__version__", "app", "convert", "detect", "diagnose", "embed", "evaluate", "finetune", "info",
-           "knn", "load_autoencoder", "load_detector", "load_encoder", "load_segmenter", "pretrain",
+           "KNNOptions", "PlanOptions", "Pretraining", "ProbeOptions", "Reconstructor", "RunPlan", "Segmentation",
+           "UserError", "__version__", "app", "convert", "detect", "diagnose", "embed", "evaluate", "finetune",
+           "info", "knn", "load_autoencoder", "load_detector", "load_encoder", "load_segmenter", "plan", "pretrain",
            "probe", "reconstruct", "report", "segment", "study"]  # fmt: skip
 
 

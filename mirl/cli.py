@@ -25,7 +25,13 @@ COMMANDS = {
     "app": ("mirl.analysis.app:app", "mask images by hand in the browser and see each pair's prediction"),
     "convert": ("mirl.tasks.convert:convert", "take weights in and out: timm, Hugging Face, ONNX, official files"),
     "info": ("mirl.analysis.cost:info", "print a model's parameters and cost"),
+    "plan": ("mirl.analysis.planning:plan", "what a pre-training run will take: FLOPs, memory, hours, price"),
     "study": ("mirl.studies.study:study", "run a grid of small experiments that repeats a figure or table"),
+}
+# Where all options of a command are one dataclass, its help and a mistyped option need that alone, and not PyTorch.
+OPTIONS = {
+    "pretrain": "mirl.tasks.settings.pretraining:Pretraining",
+    "finetune": "mirl.tasks.settings.finetuning:Finetuning",
 }
 
 
@@ -60,17 +66,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser(name: str) -> tuple[Any, Callable[..., Any]]:
-    """Return a command's argument parser and its function."""
+    """Return a command's argument parser and its function, which may be imported only when it is called."""
     from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    module, function_name = COMMANDS[name][0].split(":")
-    function: Callable[..., Any] = getattr(importlib.import_module(module), function_name)
-    description = (function.__doc__ or "").split("\n")[0]
+    place, description = COMMANDS[name]
+    function = None if name in OPTIONS else _found(place)
+    if function:
+        description = (function.__doc__ or "").split("\n")[0]
     parser = ArgumentParser(prog=f"mirl {name}", description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options; later flags override it")
-    parser.add_function_arguments(function, as_group=False, as_positional=True)
-    return parser, function
+    if function:
+        parser.add_function_arguments(function, as_group=False, as_positional=True)
+        return parser, function
+    parser.add_class_arguments(_found(OPTIONS[name]), as_group=False)
+    return parser, lambda **options: _found(place)(**options)
+
+
+def _found(place: str) -> Any:
+    """Return what `place`, module:name, names."""
+    module, name = place.split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _run(name: str, arguments: Sequence[str]) -> None:
@@ -115,7 +131,7 @@ def _spell_out(parser: Any, arguments: Sequence[str]) -> list[str]:
             while not equals and waiting and not waiting[0].startswith("--"):
                 values.append(waiting.pop(0))
             result.append(f"{name}={_as_list(values, hints[name])}" if values else name)
-        elif equals or hints.get(name) is bool:
+        elif equals or bool in (hints.get(name), *get_args(hints.get(name))):
             bare = not equals and (not waiting or waiting[0].lower() not in ("true", "false"))
             result.append(f"{argument}=true" if bare else argument if equals else f"{argument}={waiting.pop(0)}")
         else:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from mirl.errors import UserError
-from mirl.models.patches import pair
 from mirl.training.runs import command_of
 
 Precision = Literal["32", "bf16", "16"]
@@ -17,7 +16,7 @@ Precision = Literal["32", "bf16", "16"]
 # Options of one start, not of the run; the others that may change when a run is resumed.
 OF_THIS_START = {"resume", "overwrite", "download", "devices", "num_nodes", "workers"}
 FREE = {"out", "checkpoint_minutes", "checkpoint_steps", "max_bad", "micro_batch", "clip_grad", "evaluate_epochs",
-        "precision", "block_figures", "labelled", "report"}  # fmt: skip
+        "precision", "block_figures", "labelled", "report", "compile", "checkpointing"}  # fmt: skip
 NOT_SAVED = {"resume", "overwrite", "download"}
 
 Ranges = dict[str, tuple[Callable[[Any], bool], str]]
@@ -148,6 +147,8 @@ def resumed(given: Run, saved: dict[str, Any]) -> Run:
     Raises:
         UserError: if it is another command's run, or an option was given that would make it another run.
     """
+    from mirl.models.patches import pair  # it imports PyTorch, which options do without
+
     own, theirs = command_of({field.name: None for field in dataclasses.fields(given)}), command_of(saved)
     if own != theirs:
         raise UserError(f"{given.out} is a run of mirl {theirs}; go on with mirl {theirs} --out {given.out} --resume")

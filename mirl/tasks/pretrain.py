@@ -48,6 +48,7 @@ HELD_OUT_SHARE, HELD_OUT_MOST = 0.02, 2000
 READ_OUT_SHARE = 0.3  # of labelled images without a test split, to test read-outs on
 TRAINING, HELD_OUT = 0, 1  # streams of random numbers
 PICTURED = 6
+COMPILED_FROM = 3600  # seconds that a run on a GPU takes
 SAMPLED = 64  # images looked at to choose the image size
 
 
@@ -118,6 +119,7 @@ class PretrainTask(RunnableTask[MaskedBatch]):
         visible_count(self.patches, settings.mask_ratio)
         teacher = open_teacher(settings)
         self.model = autoencoder_of(settings, features=feature_values(settings, teacher))
+        self.model.set_checkpointing(settings.checkpointing)
         self.method = self.model.method
         self.started = start_from(start, self.model, settings.channels) if start else []
         self.extras = extra_objectives(settings, self.method, self.model.encoder, teacher)
@@ -159,6 +161,16 @@ class PretrainTask(RunnableTask[MaskedBatch]):
     def extensible(self) -> bool:
         """Whether the rate is constant before it decays, so that a longer run can go on from there."""
         return self.settings.schedule == "step"
+
+    def decide(self, settings: ResolvedRun, device: torch.device, seconds: float) -> ResolvedRun:
+        """Compile for long runs on a GPU, unless it was said."""
+        compiled = self.settings.compile
+        if compiled is None:  # every process measures its own seconds, but each compiles for itself
+            compiled = device.type == "cuda" and seconds > COMPILED_FROM
+        if compiled:
+            self.model.compile_repeated()
+        self.settings = replace(cast(Resolved, settings), compile=compiled)
+        return self.settings
 
     def loss(self, model: nn.Module, batch: MaskedBatch) -> dict[str, Tensor]:
         """Return the loss [b] of each image and, where there are several, of each objective and of each term.
@@ -264,6 +276,8 @@ class PretrainTask(RunnableTask[MaskedBatch]):
             f"{s.mask_ratio:.0%} of {self.patches} patches masked",
             f"recipe    {s.epochs} epochs of {steps} steps · batch {s.batch_size} · peak rate {peak_rate(s):.2g} after "
             f"{s.warmup_epochs:.3g} epochs, {s.schedule} schedule · seed {s.seed}",
+            *(["speed     blocks are compiled: the first steps take about a minute more"] if s.compile else []),
+            *(["memory    blocks are computed again in the backward pass"] if s.checkpointing else []),
             *(f"weights   {line}" for line in self.started),
             *([f"parts     coarse and fine, {s.separation}, {s.separation_sigma:g} px"] if method.separates else []),
             *(f"objective {extra.about} · on {s.extra_share:.0%} of each batch" for extra in self.extras),

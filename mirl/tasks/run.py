@@ -48,6 +48,10 @@ class RunnableTask(Task[B]):
         """Whether a longer run can go on from where the rate first decays; a checkpoint of that is kept."""
         return False
 
+    def decide(self, settings: ResolvedRun, device: torch.device, seconds: float) -> ResolvedRun:
+        """Choose what depends on how long the run will take, once that is measured."""
+        return settings
+
     @abstractmethod
     def summary(self) -> list[str]:
         """Say what was chosen, before the first step."""
@@ -66,11 +70,12 @@ def carry_out(fabric: Fabric, settings: ResolvedRun, task: RunnableTask[B], run:
     """
     started = False
     try:
-        micro_batch, seconds = probe(fabric, task, settings.micro_batch, run)
-        settings = replace(settings, micro_batch=micro_batch)
+        micro_batch, of_image = probe(fabric, task, settings.micro_batch, run)
+        seconds = of_image * len(task.training) * settings.epochs
+        settings = task.decide(replace(settings, micro_batch=micro_batch), fabric.device, seconds)
         run.write_config(settings.saved())
         started = True
-        for line in [*task.summary(), *_machine(fabric, settings, seconds * len(task.training) * settings.epochs)]:
+        for line in [*task.summary(), *_machine(fabric, settings, seconds)]:
             run.say(line)
         _train(fabric, settings, task, run)
         if fabric.is_global_zero:

@@ -4,14 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from mirl.errors import UserError
 from mirl.methods import SEGMENTED, Context, Method, MethodName, mae, truncated_mae
-from mirl.models.autoencoder import Autoencoder, build_autoencoder
-from mirl.models.decoder import DecoderShape
-from mirl.models.encoder import parse_model
-from mirl.models.patches import pair
 from mirl.tasks.options import (
     COUNT,
     NOT_NEGATIVE,
@@ -24,6 +20,10 @@ from mirl.tasks.options import (
     default_folder,
     resolve_run,
 )
+
+if TYPE_CHECKING:  # help and mistyped options need no PyTorch
+    from mirl.models.autoencoder import Autoencoder
+    from mirl.models.decoder import DecoderShape
 
 PAPER_BATCH, PAPER_EPOCHS, PAPER_WARMUP, PAPER_LR = 4096, 300, 40, 1.5e-4
 
@@ -109,6 +109,11 @@ class _Pretraining:
     schedule: Literal["step", "cosine"] = "step"
     """step: x0.1 at 90 % and at 95 % (the paper); cosine: to zero (the official code)"""
 
+    compile: bool | None = None
+    """compile the repeated blocks, which takes about a minute once; by default on a GPU for runs of an hour or more"""
+    checkpointing: bool = False
+    """compute blocks again in the backward pass: a third slower, for much less memory"""
+
     block_figures: bool = True
     """at every evaluation, effective rank and token similarity of every block: pictures/blocks.png"""
     labelled: str | None = None
@@ -161,6 +166,8 @@ def resolve(
     Raises:
         UserError: if the batch is larger than the data or cannot be shared by the devices.
     """
+    from mirl.models.patches import pair
+
     size, patch = next((size, patch) for limit, size, patch in SIZES if shorter_side <= limit)
     if given.image_size is not None:
         patch = default_patch(given.image_size)
@@ -181,15 +188,20 @@ def resolve(
 
 def default_patch(image_size: int | Sequence[int]) -> int:
     """Return the patch size that goes with an image size: 4 to 48 px, 8 to 96 px, else 16."""
+    from mirl.models.patches import pair
+
     side = min(pair(image_size))
     return 4 if side <= 48 else 8 if side <= 96 else 16
 
 
-def autoencoder_of(settings: Resolved, *, features: int = 0) -> Autoencoder:
+def autoencoder_of(settings: Resolved, *, features: int = 0) -> "Autoencoder":
     """Build the autoencoder that the settings describe, with fresh weights.
 
     Its decoders also predict `features` values of a teacher, whom only a run that trains has.
     """
+    from mirl.models.autoencoder import build_autoencoder
+    from mirl.models.patches import pair
+
     method = method_of(settings)
     shape = dataclasses.replace(decoder_shape(settings, method), features=features)
     return build_autoencoder(
@@ -200,6 +212,8 @@ def autoencoder_of(settings: Resolved, *, features: int = 0) -> Autoencoder:
 
 def method_of(settings: Resolved) -> Method:
     """Build the method that the settings name."""
+    from mirl.models.encoder import parse_model
+
     depth = parse_model(settings.model)[2]
     if settings.method in SEGMENTED:
         return SEGMENTED[settings.method](depth, settings.segments, taps=settings.taps, context=settings.context)
@@ -212,8 +226,11 @@ def method_of(settings: Resolved) -> Method:
     return truncated_mae(depth, blocks[0] if len(blocks) == 1 else 0)
 
 
-def decoder_shape(settings: Resolved, method: Method) -> DecoderShape:
+def decoder_shape(settings: Resolved, method: Method) -> "DecoderShape":
     """Choose the decoders' form: the encoder's width (at most 512), 2 blocks (4 for a single decoder), 32 a head."""
+    from mirl.models.decoder import DecoderShape
+    from mirl.models.encoder import parse_model
+
     width = settings.decoder_width or min(512, parse_model(settings.model)[0])
     heads = settings.decoder_heads or max(1, width // 32)
     if width % heads or width % 4:
