@@ -9,17 +9,17 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from mirl.models.attention import choose_attention
 from mirl.models.autoencoder import Autoencoder
-from mirl.models.decoder import Decoder
+from mirl.models.encoder import recomputed_together
 from mirl.models.masking import split
 from mirl.objectives.pixels import reconstruction_loss
 from mirl.training.processes import Precision
@@ -92,7 +92,10 @@ def saved_by(model: Autoencoder, images: int, mask_ratio: float, precision: Prec
 
 
 class Saved:
-    """What autograd saves, in bytes of storages: outside of blocks, inside of each, and what blocks are given."""
+    """What autograd saves, in bytes of storages.
+
+    `outside` of what checkpointing computes again, `inside` of each part of that, and what the parts are `given`.
+    """
 
     def __init__(self, weights: set[int]) -> None:
         self.weights = weights
@@ -107,22 +110,25 @@ class Saved:
     def watch(cls, model: Autoencoder) -> Iterator["Saved"]:
         """Note what is saved within this block."""
         saved = cls({_address(tensor) for tensor in (*model.parameters(), *model.buffers())})
-        decoders = cast(list[Decoder], list(model.decoders))
         with ExitStack() as hooks:
-            for block in (*model.encoder.blocks, *(block for decoder in decoders for block in decoder.blocks)):
-                for name in ("forward", "begin"):  # a decoder's first block begins with other arguments
-                    if hasattr(block, name):
-                        hooks.enter_context(patch.object(block, name, partial(saved._within, getattr(block, name))))
+            for together in recomputed(model):
+                inside: Storages = {}
+                saved.inside.append(inside)
+                for module in together:
+                    run = partial(saved._within, inside, module.forward, first=module is together[0])
+                    hooks.enter_context(patch.object(module, "forward", run))
             hooks.enter_context(saved_tensors_hooks(saved._save, lambda tensor: tensor))
             yield saved
 
-    def _within(self, run: Callable[..., Tensor], *arguments: Any, **options: Any) -> Tensor:
-        """Run a block, and count what it is given and what it saves as its own."""
-        for tensor in (*arguments, *options.values()):
-            if isinstance(tensor, Tensor):
-                self._note(tensor, self.given)
-        self.current = {}
-        self.inside.append(self.current)
+    def _within(
+        self, inside: Storages, run: Callable[..., Tensor], *arguments: Any, first: bool, **options: Any
+    ) -> Any:
+        """Run a module and count what it saves as its own and, if it is the first of its part, what it is given."""
+        if first:
+            for tensor in (*arguments, *options.values()):
+                if isinstance(tensor, Tensor):
+                    self._note(tensor, self.given)
+        self.current = inside
         result = run(*arguments, **options)
         self.current = self.outside
         return result
@@ -151,10 +157,20 @@ class Saved:
 
     @property
     def checkpointed(self) -> int:
-        """The bytes of what is kept and of the inside of one block, the largest, when it is computed again."""
+        """The bytes of what is kept and of the inside of one part, the largest, when it is computed again."""
         kept = self.kept
         again = (sum(size for address, size in each.items() if address not in kept) for each in self.inside)
         return sum(kept.values()) + max(again, default=0)
+
+
+def recomputed(model: Autoencoder) -> Iterator[list[nn.Module]]:
+    """List the parts that checkpointing computes again at once: blocks that follow each other, and each decoder."""
+    blocks, start = list(model.encoder.blocks), 0
+    every = recomputed_together(len(blocks))
+    for stop in model.method.taps:
+        yield from (blocks[i : min(i + every, stop)] for i in range(start, stop, every))
+        start = stop
+    yield from ([decoder] for decoder in model.decoders)
 
 
 def _address(tensor: Tensor) -> int:

@@ -130,14 +130,21 @@ def embed_visible(encoder: VisionTransformer, patches: Tensor, visible: Tensor) 
     return torch.cat([class_token.to(tokens.dtype), tokens], dim=1)
 
 
+def recomputed_together(depth: int) -> int:
+    """Return of how many consecutive blocks checkpointing keeps only the first one's input.
+
+    It grows with the square root of the depth, and so does what is kept and what is computed again at once.
+    """
+    return max(1, round((depth / INSIDE_A_BLOCK) ** 0.5))
+
+
 def run_segments(encoder: VisionTransformer, tokens: Tensor, taps: Iterable[int]) -> list[Tensor]:
     """Run the blocks and return [z_0, z_1, ..., z_G], z_g after `taps[g - 1]` blocks. Paper: Eq. (5).
 
-    With `encoder.set_grad_checkpointing()` only the input of every k-th block is kept and the k blocks are computed
-    again in the backward pass; k grows with the square root of the depth, and so does memory.
+    With `encoder.set_grad_checkpointing()` blocks are computed again in the backward pass, so many at once as
+    `recomputed_together` says.
     """
-    kept = encoder.grad_checkpointing and torch.is_grad_enabled()
-    every = max(1, round((len(encoder.blocks) / INSIDE_A_BLOCK) ** 0.5))
+    kept, every = encoder.grad_checkpointing and torch.is_grad_enabled(), recomputed_together(len(encoder.blocks))
     segments, start = [tokens], 0
     for stop in taps:
         blocks = encoder.blocks[start:stop]
