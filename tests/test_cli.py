@@ -309,3 +309,10 @@ def test_more_bad_files_than_the_budget_stop_the_run(mistake, photos):
     damage(photos)
     message = mistake(data=str(photos), batch_size=44, max_bad=0.01)
     assert re.search("of 45 files cannot be used, more than --max_bad 0.01; mend the files named in log.txt", message)
+
+
+def test_a_switch_whose_default_is_chosen_needs_no_value():
+    parser, _ = mirl.cli.build_parser("pretrain")
+    chosen = [parser.parse_args(mirl.cli._spell_out(parser, a)).compile for a in ([], ["--compile", "--resume"])]
+    assert chosen == [None, True]
+    assert parser.parse_args(mirl.cli._spell_out(parser, ["--compile", "false"])).compile is False

@@ -242,6 +242,7 @@ def check_budget(plan: Plan, progress: Progress) -> None:
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]  # each shape would be compiled
 def evaluate(
     fabric: Fabric, task: Task[B], held_out: Iterable[B], run: RunFolder, monitor: Monitor, progress: Progress,
     plan: Plan,
