@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from objectives import machine
 from PIL import Image
+from recording import add, machine
 from torch import Tensor
 from torch.utils.data import default_collate
 from torchvision import transforms
@@ -180,9 +180,7 @@ def main() -> None:
             **measured(source, options.repeats), **machine(processes.Fabric(accelerator="cpu", devices=1)),
             "pillow": version("pillow"),
         }  # fmt: skip
-    known = json.loads(options.out.read_text()) if options.out.exists() else []
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps([*known, result], indent=1) + "\n")
+    add(result, options.out)
     print(json.dumps(result))
 
 

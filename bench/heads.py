@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from objectives import machine
+from recording import add, machine
 
 from mirl.data.instances import Category, InstanceSplit, ShapeInstances
 from mirl.data.semantic import SemanticClass, SemanticSplit, ShapesSemantic
@@ -33,7 +33,7 @@ from mirl.tasks.settings.detection import PROTOCOLS, Detection, resolve_detectio
 from mirl.tasks.settings.segmentation import SIDE, Segmentation, resolve_segmentation
 from mirl.training import processes
 from mirl.training.runs import RunFolder
-from mirl.training.steps import Accumulator
+from mirl.training.steps import Accumulator, place
 
 IMAGES = 100  # of the data that a task asks for; a step sees none of them
 
@@ -99,7 +99,7 @@ def peak_memory(device: torch.device) -> float:
 
 def timed(fabric: processes.Fabric, task: RunnableTask[Any], batch: Any, repeats: int) -> list[float]:
     """Return the seconds of each of so many steps on a batch, after one that warms up."""
-    task.to(fabric.device)
+    place(fabric, task)
     model, optimizer = fabric.setup(task.model, task.optimizer())
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
@@ -143,9 +143,7 @@ def main() -> None:
         "gib": round(peak_memory(fabric.device), 2), "parameters": sum(p.numel() for p in task.model.parameters()),
         **machine(fabric),
     }  # fmt: skip
-    known = json.loads(options.out.read_text()) if options.out.exists() else []
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps([*known, result], indent=1) + "\n")
+    add(result, options.out)
     print(json.dumps(result))
 
 

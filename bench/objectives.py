@@ -9,18 +9,16 @@ because time does not depend on them. Paper: Table 2a, ViT-B (1.8x with features
 
 import argparse
 import json
-import os
-import platform
 import sys
 import tempfile
 import time
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from recording import machine
 from torchvision.models import vgg16
 
 from mirl.data.sources import open_source
@@ -44,7 +42,7 @@ class Trainer:
         settings = Resolved(**SETTINGS, batch_size=batch, **options)
         source = open_source(settings.data)
         self.fabric, self.task = fabric, PretrainTask(settings, source, *split_off_held_out(len(source)))
-        self.task.to(fabric.device)
+        place(fabric, self.task)
         model, optimizer = fabric.setup(self.task.model, self.task.optimizer())
         self.accumulator = Accumulator(fabric, self.task, model, optimizer, None, run)
         self.batch, self.steps = self.task.example(batch), 0
@@ -71,15 +69,6 @@ def write_vgg(path: Path) -> str:
     features = vgg16(weights=None).features
     torch.save({f"features.{name}": value for name, value in features.state_dict().items()}, path)
     return str(path)
-
-
-def machine(fabric: processes.Fabric) -> dict[str, Any]:
-    cuda = fabric.device.type == "cuda"
-    name = torch.cuda.get_device_name() if cuda else torch.cpu.get_capabilities().get("cpu_name", platform.processor())
-    return {
-        "device": name, "threads": torch.get_num_threads(), "cores": os.cpu_count(), "load": os.getloadavg()[0],
-        "python": platform.python_version(), **{name: version(name) for name in ("torch", "torchvision", "timm")},
-    }  # fmt: skip
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from objectives import machine
+from recording import machine
 
 from mirl.analysis.memory import step_memory
 from mirl.analysis.planning import TIMED_ON_CPU

@@ -171,7 +171,7 @@ def main() -> None:
         times = measure(named, options.model, options.repeats, Path(name))
     rows = [row_of(what, {name: found[what] for name, found in times.items()}) for what in times["now"]]
     # Imported last, because it loads PyTorch, which would take memory from what is measured.
-    from objectives import machine
+    from recording import machine
 
     from mirl.training import processes
 

@@ -23,8 +23,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from objectives import machine
 from plan import Real
+from recording import add, machine
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
@@ -215,9 +215,7 @@ def main() -> None:
         run.close()
     about = {"command": " ".join(["python", *sys.argv]), "threads": torch.get_num_threads()}
     about["machine"] = machine(processes.launch("auto", 1, "32"))
-    known = json.loads(options.out.read_text()) if options.out.exists() else []
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps([*known, {**about, "results": results}], indent=1) + "\n")
+    add({**about, "results": results}, options.out)
 
 
 if __name__ == "__main__":

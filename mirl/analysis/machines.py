@@ -38,7 +38,7 @@ class Machine:
         return self.single if precision == "32" else self.half
 
 
-# By the vendors' data sheets: dense products (without sparsity) at boost clock, SXM forms where there are several.
+# As the vendors state them, not yet checked against data sheets: dense products at boost clock, SXM forms.
 GPUS = {
     machine.name: machine
     for machine in (
