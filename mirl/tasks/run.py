@@ -15,6 +15,7 @@ from mirl.training import loop
 from mirl.training.checkpoints import saved_steps
 from mirl.training.processes import Fabric
 from mirl.training.runs import RunFolder, duration
+from mirl.training.saving import Progress, restore
 from mirl.training.schedules import undecayed_steps
 from mirl.training.steps import Task, probe
 
@@ -126,7 +127,7 @@ def _train(fabric: Fabric, settings: ResolvedRun, task: RunnableTask[B], run: Ru
     steps = steps_per_epoch * settings.epochs
     optimizer = task.optimizer()
     begun = settings.resume or saved_steps(run.checkpoints)  # by an earlier start, or by the run that this one extends
-    progress = loop.restore(fabric, run, task, optimizer, task.samples) if begun else loop.Progress()
+    progress = restore(fabric, run, task, optimizer, task.samples) if begun else Progress()
     run.forget_after(progress.step)
     if not progress.step:
         run.record({"kind": "data", "step": 0, "samples": task.samples})

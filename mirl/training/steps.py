@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mirl.data.loading import B, seeded
 from mirl.errors import UserError
 from mirl.models.attention import choose_attention
+from mirl.models.products import fast_products
 from mirl.training.evaluation import Evaluation, Means
 from mirl.training.monitors import Monitor
 from mirl.training.processes import Fabric, as_one, over_processes
@@ -122,10 +123,11 @@ def _try(fabric: Fabric, task: Task[B], images: int) -> float | None:
     try:
         for _ in range(2):  # the first pass warms up
             began = time.monotonic()
-            with fabric.autocast():
-                batch = task.prepare(task.example(images).to(fabric.device))
-                loss = task.loss(task.model, batch)["loss"].mean()
-            loss.backward()
+            with fast_products(task.model, fabric.device):
+                with fabric.autocast():
+                    batch = task.prepare(task.example(images).to(fabric.device))
+                    loss = task.loss(task.model, batch)["loss"].mean()
+                loss.backward()
             loss.item()
         return (time.monotonic() - began) / images
     except torch.OutOfMemoryError:
@@ -210,7 +212,8 @@ class Accumulator(Generic[B]):
         sums: dict[str, Tensor] = {}
         for piece in self._pieces(chunks):
             done += len(piece)
-            with self.fabric.no_backward_sync(self.model, enabled=done < images):
+            wait = self.fabric.no_backward_sync(self.model, enabled=done < images)
+            with fast_products(self.task.model, self.fabric.device), wait:
                 values = self.task.loss(self.model, piece)
                 self.fabric.backward(values["loss"].sum() / images)
             for name, value in values.items():

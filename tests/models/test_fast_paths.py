@@ -12,6 +12,7 @@ from mirl.models.attention import attend, choose_attention, fused
 from mirl.models.autoencoder import build_autoencoder
 from mirl.models.decoder import DecoderBlock, DecoderShape
 from mirl.models.masking import split
+from mirl.models.products import fast_products
 
 CPU = torch.device("cpu")
 
@@ -31,6 +32,44 @@ def passes(model, images=2):
     predictions = model(torch.randn(images, 64, 48), visible, masked)
     sum(prediction.float().square().mean() for prediction in predictions).backward()
     return [*(p.detach() for p in predictions), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+
+
+def test_onednn_products_equal_those_of_pytorch():
+    model = autoencoder()
+    plain = passes(model)
+    with fast_products(model, CPU):
+        assert type(model.decoders[0].embed(torch.randn(2, 32)).grad_fn).__name__ == "_LinearBackward"
+        fast = passes(model)
+    for a, b in zip(fast, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_recomputed_blocks_keep_the_products_of_pytorch():
+    model = autoencoder()
+    plain = passes(model)
+    model.set_checkpointing()
+    with fast_products(model, CPU):
+        assert all(torch.equal(a, b) for a, b in zip(passes(model), plain, strict=True))
+
+
+def test_onednn_products_ask_for_no_gradient_that_nobody_needs():
+    layer, x = torch.nn.Linear(8, 4), torch.randn(2, 3, 8)
+    layer.weight.requires_grad_(False)
+    with fast_products(layer, CPU):
+        layer(x).square().sum().backward()
+    bias = layer.bias.grad.clone()
+    layer.bias.grad = None
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(bias, layer.bias.grad)
+    assert layer.weight.grad is None and x.grad is None
+
+
+def test_half_precision_keeps_the_products_of_pytorch():
+    layer, x = torch.nn.Linear(8, 4), torch.randn(3, 8)
+    with fast_products(layer, CPU), torch.autocast("cpu", torch.bfloat16):
+        result = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert result.dtype == torch.bfloat16 and torch.equal(result, layer(x))
 
 
 @pytest.mark.parametrize("all_patches", [False, True])

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from mirl.data.loading import Batch
 from mirl.training import loop, processes
 from mirl.training.runs import RunFolder
+from mirl.training.saving import Progress
 from mirl.training.steps import Task, block_norms
 
 BATCH, STEPS = 8, 12
@@ -60,7 +61,7 @@ def recorded(tmp_path):
         )  # fmt: skip
         optimizer = torch.optim.AdamW(task.model.parameters())
         fabric = processes.launch("auto", 1, "32")
-        loop.fit(fabric, task, optimizer, run, plan, loop.Progress(), batches, [images(range(150, 154))])
+        loop.fit(fabric, task, optimizer, run, plan, Progress(), batches, [images(range(150, 154))])
         run.close()
         return [[row for row in run.rows() if row["kind"] == kind] for kind in ("gradients", "train")], run
 

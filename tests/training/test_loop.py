@@ -13,6 +13,7 @@ from mirl.errors import UserError
 from mirl.training import loop, processes
 from mirl.training.checkpoints import saved_steps
 from mirl.training.runs import RunFolder
+from mirl.training.saving import Progress
 from mirl.training.steps import Task, probe
 
 BATCH = 12
@@ -88,7 +89,7 @@ def train(
     """Run the loop for `steps` and return the weights, the progress and the rows of the training steps."""
     if batches is None:
         batches = [chunk(range(k, k + micro_batch)) for k in range(0, steps * BATCH, micro_batch)]
-    progress = loop.Progress()
+    progress = Progress()
     plan = loop.Plan(
         steps=steps, steps_per_epoch=steps, batch_size=BATCH, micro_batches=math.ceil(BATCH / micro_batch),
         rate=lambda _: 0.1, clip_grad=clip_grad, evaluate_every=1000, checkpoint_seconds=checkpoint_seconds,

@@ -1,0 +1,78 @@
+"""What a run keeps of itself, and how it finds itself again: model, optimizer, averages, how far it has come."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from mirl.data.loading import B
+from mirl.errors import UserError
+from mirl.training import checkpoints
+from mirl.training.processes import Fabric, as_one
+from mirl.training.runs import RunFolder
+from mirl.training.steps import Task
+
+
+@dataclass
+class Progress:
+    """What a resumed run must know besides weights: finished steps, steps skipped, unusable files by name."""
+
+    step: int = 0
+    skipped: int = 0
+    bad: dict[str, str] = field(default_factory=dict)
+
+
+def save(
+    fabric: Fabric, run: RunFolder, task: Task[B], optimizer: torch.optim.Optimizer, progress: Progress, samples: int
+) -> None:
+    """Write a checkpoint from the first process; `samples` is the size of the data set."""
+    with as_one(fabric):
+        if fabric.is_global_zero:
+            state = {
+                "model": task.model.state_dict(),
+                **{name: follower.state_dict() for name, follower in task.followers.items()},
+                "optimizer": optimizer.state_dict(),
+                "precision": fabric.strategy.precision.state_dict(),
+                "about": task.about,
+                "skipped": progress.skipped,
+                "bad": progress.bad,
+                "samples": samples,
+            }
+            checkpoints.save(run.checkpoints, progress.step, state)
+
+
+def restore(fabric: Fabric, run: RunFolder, task: Task[B], optimizer: torch.optim.Optimizer, samples: int) -> Progress:
+    """Load the newest readable checkpoint into the task's model and optimizer; without one, start at step 0.
+
+    Raises:
+        UserError: if the checkpoint is of another model, the data have grown or shrunk since (order and held-out
+            images are functions of their number), or their classes have changed.
+    """
+    with as_one(fabric):
+        state = checkpoints.load_newest(run.checkpoints, run.say)
+        if state is None:
+            run.say("no checkpoint was written yet; starting at step 0")
+            return Progress()
+        if state["samples"] != samples:
+            raise UserError(
+                f"the run began with {state['samples']} images and the data now have {samples}; "
+                "restore them, or start a new run with another --out"
+            )
+        for name, known in state.get("about", {}).items():
+            if task.about.get(name) != known:
+                raise UserError(
+                    f"{name}: not what the run began with; restore it, or start a new run with another --out"
+                )
+        try:
+            task.model.load_state_dict(state["model"])
+            for name, follower in task.followers.items():
+                follower.load_state_dict(state[name])
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(
+                f"the checkpoint of step {state['step']} in {run.checkpoints} is of another model "
+                f"({' '.join(str(error).split())[:160]}); give the --model and sizes it was made with, or another --out"
+            ) from error
+    for group in optimizer.param_groups:
+        group["fused"] = optimizer.defaults["fused"]  # another --precision may need the other kind
+    fabric.strategy.precision.load_state_dict(state["precision"])
+    return Progress(state["step"], state["skipped"], state["bad"])
