@@ -5,6 +5,7 @@ started, and no Pillow safety setting is loosened. Symbols: c channels, h and w 
 """
 
 import io
+import math
 import os
 import re
 import stat
@@ -16,6 +17,9 @@ from functools import cache
 import numpy as np
 import torch
 from PIL import ExifTags, Image
+
+from mirl.data.reading import Unread, patiently
+from mirl.errors import UserError
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -70,7 +74,7 @@ def only_bad_image() -> Iterator[None]:
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield
-    except BadImage:
+    except (BadImage, UserError):
         raise
     except Exception as error:  # broken files make Pillow raise nearly every built-in exception
         raise BadImage(_reason(error)) from error
@@ -104,8 +108,7 @@ def read_image(path: str | os.PathLike[str], channels: int = 3) -> torch.Tensor:
     """
     with only_bad_image():
         if is_array(path):
-            _check_file(path)
-            return _read_array(path, channels)
+            return array_to_tensor(patiently(_read_array, path, channels), channels)
         with open_image(path, channels) as image:
             return decoded(image, channels)
 
@@ -117,13 +120,19 @@ def is_array(path: str | os.PathLike[str]) -> bool:
 
 def open_image(path: str | os.PathLike[str], channels: int) -> Image.Image:
     """Return an image, but for `.npy`, of which the header alone was decoded; to be called in `only_bad_image`."""
-    size = _check_file(path)
     if channels not in MODES:
         raise BadImage(f"cannot have {channels} channels; only .npy files can")
-    if size > READ_AT_ONCE:
-        return Image.open(path, formats=openable_formats())
-    with open(path, "rb", buffering=0) as file:
-        return Image.open(io.BytesIO(file.read()), formats=openable_formats())
+    content = patiently(_read_file, path)
+    return image_in(content, channels) if isinstance(content, bytes) else content
+
+
+def image_in(content: bytes, channels: int) -> Image.Image:
+    """Return the image in a file's bytes, but for `.npy`, of which the header alone was decoded."""
+    if channels not in MODES:
+        raise BadImage(f"cannot have {channels} channels; only .npy files can")
+    if not content:
+        raise BadImage("is empty (0 bytes)")
+    return Image.open(io.BytesIO(content), formats=openable_formats())
 
 
 def decoded(image: Image.Image, channels: int) -> torch.Tensor:
@@ -171,9 +180,62 @@ def stretch(values: np.ndarray) -> np.ndarray:
     return np.rint(values, out=values).astype(np.uint8)
 
 
-def _read_array(path: str | os.PathLike[str], channels: int) -> torch.Tensor:
-    # Mapped, not read: a header that promises more than the file holds, or too much, costs nothing.
-    array: np.ndarray = np.lib.format.open_memmap(path, mode="r")
+def _read_file(path: str | os.PathLike[str]) -> bytes | Image.Image:
+    """Return a file's content; of a large file the decoded image, which may be much less."""
+    if check_file(path) > READ_AT_ONCE:
+        image = Image.open(path, formats=openable_formats())
+        image.load()
+        return image
+    with open(path, "rb", buffering=0) as file:
+        return file.read()
+
+
+def file_content(path: str | os.PathLike[str], limit: int) -> bytes:
+    """Return all bytes of an image file, undecoded, or raise `BadImage` if they are more than `limit`."""
+    with only_bad_image():
+        return patiently(_read_content, path, limit)
+
+
+def _read_content(path: str | os.PathLike[str], limit: int) -> bytes:
+    size = check_file(path)
+    if size > limit:
+        raise BadImage(f"has {size / 2**20:.0f} MiB, over the limit of {limit / 2**20:.0f}")
+    with open(path, "rb", buffering=0) as file:
+        return file.read()
+
+
+def _read_array(path: str | os.PathLike[str], channels: int) -> np.ndarray:
+    check_file(path)
+    # A header that promises more than the file holds, or too much, costs nothing while it is mapped.
+    mapped = np.lib.format.open_memmap(path, mode="r")
+    _laid_out(mapped, channels)
+    # But a file that is cut short while it is mapped would end the process.
+    values: np.ndarray = np.fromfile(path, mapped.dtype, mapped.size, offset=mapped.offset)
+    return values.reshape(mapped.shape, order="C" if mapped.flags.c_contiguous else "F")
+
+
+def array_in(content: bytes) -> np.ndarray:
+    """Return the array in the bytes of an `.npy` file; not a copy, so that its header's promises cost nothing."""
+    file = io.BytesIO(content)
+    old = np.lib.format.read_magic(file) == (1, 0)
+    header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+    shape, by_columns, dtype = header(file)
+    if min(shape, default=0) < 0:
+        raise BadImage(f"is an array of shape {list(shape)}")
+    array: np.ndarray = np.frombuffer(content, dtype, math.prod(shape), offset=file.tell())
+    return array.reshape(shape, order="F" if by_columns else "C")
+
+
+def array_to_tensor(array: np.ndarray, channels: int) -> torch.Tensor:
+    """Convert an array [h, w, c] or [c, h, w] of any real numbers to uint8 [channels, h, w], or raise `BadImage`."""
+    array = _laid_out(array, channels)
+    if array.dtype == np.uint8:
+        return torch.from_numpy(np.array(array)).permute(2, 0, 1)
+    return torch.from_numpy(np.stack([stretch(array[..., channel]) for channel in range(channels)]))
+
+
+def _laid_out(array: np.ndarray, channels: int) -> np.ndarray:
+    """Return an array as [h, w, channels] without a look at its values, or raise `BadImage`."""
     shape = list(array.shape)
     if array.ndim == 2 and channels == 1:
         array = array[..., None]
@@ -188,9 +250,7 @@ def _read_array(path: str | os.PathLike[str], channels: int) -> torch.Tensor:
         raise BadImage("has no pixels")
     if Image.MAX_IMAGE_PIXELS is not None and height * width > Image.MAX_IMAGE_PIXELS:
         raise BadImage(_too_large(height * width))
-    if array.dtype == np.uint8:
-        return torch.from_numpy(np.array(array)).permute(2, 0, 1)
-    return torch.from_numpy(np.stack([stretch(array[..., channel]) for channel in range(channels)]))
+    return array
 
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:
@@ -202,7 +262,7 @@ def turn_of(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def _check_file(path: str | os.PathLike[str]) -> int:
+def check_file(path: str | os.PathLike[str]) -> int:
     """Return a file's bytes, which are some."""
     info = os.stat(path)
     if not stat.S_ISREG(info.st_mode):  # opening a named pipe would wait for ever
@@ -226,6 +286,8 @@ def _reason(error: Exception) -> str:
         return "is not an image"
     if isinstance(error, FileNotFoundError):
         return "is missing"
+    if isinstance(error, Unread):
+        return detail
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read: {error.strerror}"
     if isinstance(error, MemoryError):

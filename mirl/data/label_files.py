@@ -1,7 +1,6 @@
 """Label files: PNGs whose values, of the palette or of grey, say what each pixel shows."""
 
 import os
-import stat
 from collections.abc import Iterable
 from itertools import pairwise
 
@@ -9,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mirl.data.decode import BadImage, only_bad_image
+from mirl.data.decode import BadImage, check_file, only_bad_image
+from mirl.data.reading import patiently
 
 LARGEST_VALUE = 255
 BIT_DEPTH = 24  # where a PNG file has it
@@ -22,15 +22,15 @@ def read_values(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
         BadImage: if it is not a PNG, is damaged, has colours in place of values, or values over 255.
     """
     with only_bad_image():
-        info = os.stat(path)
-        if not stat.S_ISREG(info.st_mode):  # opening a named pipe would wait for ever
-            raise BadImage("is not a regular file")
-        if info.st_size == 0:
-            raise BadImage("is empty (0 bytes)")
-        with Image.open(path, formats=("PNG",)) as image:
-            if image.mode not in ("1", "L", "P") and image.mode[0] != "I":
-                raise BadImage(f"is an {image.mode} label; give palette or greyscale values")
-            values = np.asarray(image)
+        return patiently(_values, path)
+
+
+def _values(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
+    check_file(path)
+    with Image.open(path, formats=("PNG",)) as image:
+        if image.mode not in ("1", "L", "P") and image.mode[0] != "I":
+            raise BadImage(f"is an {image.mode} label; give palette or greyscale values")
+        values = np.asarray(image)
     if image.mode == "L":
         return values // _stretch_of(path)
     if values.max() > LARGEST_VALUE:

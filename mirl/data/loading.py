@@ -4,12 +4,7 @@ Order is a function of (seed, epoch); crop, flip and mask are functions of (seed
 worker. So neither the number of workers nor of processes nor an interruption changes what a run sees.
 """
 
-import multiprocessing
-import os
 import random
-import signal
-import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
@@ -18,9 +13,10 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from mirl.data.decode import BadImage
+from mirl.data.order import ShardOrder
 from mirl.data.pictures import Picture
 from mirl.data.sources import Source, opened
 from mirl.data.transforms import RandomCrop
@@ -176,7 +172,7 @@ class Views(Dataset[Batch]):
         """Return where in the source sample `index` is, then what may stand in for it."""
         for shift in range(min(MAX_CONSECUTIVE_BAD, len(self)) if self.substitute else 1):
             # Neighbours first, then ever farther: a whole broken folder must not stop the run.
-            offset = shift if shift < 10 else shift * shift
+            offset = shift if shift < 10 else shift * shift << max(0, shift - 50)
             yield int(self.members[(index + offset) % len(self)])
 
     def _batch(self, sample: Any, member: int) -> Batch:
@@ -251,6 +247,12 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
+def batch_of(step: int, jumps: Sequence[tuple[int, int]]) -> int:
+    """Return the number of the batch that a step reads, which is the step's own until the first of the `jumps`."""
+    since, first = next((jump for jump in reversed(jumps) if jump[0] <= step), (0, 0))
+    return first + step - since
+
+
 class StepSampler(Sampler[list[Key]]):
     """Keys of the micro-batches of steps `start` to `stop`, this process's share of each global batch.
 
@@ -258,6 +260,8 @@ class StepSampler(Sampler[list[Key]]):
         count: samples in an epoch; batch_size: images in one step over all processes; the epoch's incomplete last
             batch is left out. micro_batch: images in one list of keys.
         rank, world_size: this process among all.
+        jumps: pairs of a step and a batch: from that step on, the batches from that one on are read; the last holds.
+        shards: where the samples' shards end, if they have some.
     """
 
     def __init__(
@@ -271,60 +275,26 @@ class StepSampler(Sampler[list[Key]]):
         stop: int,
         rank: int,
         world_size: int,
+        jumps: Sequence[tuple[int, int]] = (),
+        shards: ShardOrder | None = None,
     ) -> None:
         self.count, self.batch_size, self.micro_batch, self.seed = count, batch_size, micro_batch, seed
         self.start, self.stop, self.rank, self.world_size = start, stop, rank, world_size
+        self.jumps, self.shards = tuple(jumps), shards
 
     def __iter__(self) -> Iterator[list[Key]]:
         steps_per_epoch, share = self.count // self.batch_size, self.batch_size // self.world_size
         epoch, order = -1, np.empty(0, dtype=np.int64)
-        for step in range(self.start, self.stop):
-            if step // steps_per_epoch != epoch:
-                epoch = step // steps_per_epoch
-                order = epoch_order(self.count, self.seed, epoch)
-            first = (step % steps_per_epoch) * self.batch_size + self.rank * share
+        for batch in (batch_of(step, self.jumps) for step in range(self.start, self.stop)):
+            if batch // steps_per_epoch != epoch:
+                epoch = batch // steps_per_epoch
+                order = self._order(epoch)
+            first = (batch % steps_per_epoch) * self.batch_size + self.rank * share
             keys = [(epoch, int(index)) for index in order[first : first + share]]
             for i in range(0, share, self.micro_batch):
                 yield keys[i : i + self.micro_batch]
 
-
-def load(dataset: Views, batches: Sampler[list[Key]] | list[list[Key]], *, workers: int, pin: bool) -> DataLoader[Any]:
-    """Read `batches` of keys with `workers` processes (0: in this one)."""
-    return _Loader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=pin,
-        worker_init_fn=_leave_signals_to_parent,
-        prefetch_factor=2 if workers else None,
-    )
-
-
-class _Loader(DataLoader[Batch]):
-    def __iter__(self) -> Any:
-        return _one_line_errors(super().__iter__())
-
-
-def _one_line_errors(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Pass `batches` on; a UserError from a data worker arrives with the text of its traceback and loses it here."""
-    try:
-        yield from batches
-    except UserError as error:
-        last = str(error).strip().splitlines()[-1]
-        raise UserError(last.removeprefix(f"{UserError.__module__}.UserError: ")) from error
-
-
-def _leave_signals_to_parent(_: int) -> None:
-    """Outlive Ctrl-C, `timeout` and Slurm, which signal every process: the parent saves, then ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if sys.platform == "linux" and parent is not None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_told_by, args=(parent.pid,), daemon=True).start()
-
-
-def _end_when_told_by(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
+    def _order(self, epoch: int) -> np.ndarray:
+        if self.shards:
+            return self.shards.epoch(self.seed, epoch, self.batch_size)
+        return epoch_order(self.count, self.seed, epoch)

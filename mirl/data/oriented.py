@@ -1,9 +1,8 @@
 """Images turned as they were when somebody annotated them."""
 
-from PIL import Image
 from torch import Tensor
 
-from mirl.data.decode import image_to_tensor, only_bad_image, openable_formats
+from mirl.data.decode import image_to_tensor, only_bad_image, open_image
 from mirl.data.sources import ImageFiles
 from mirl.models.patches import Size
 
@@ -18,6 +17,6 @@ def read_as_annotated(files: ImageFiles, index: int, size: Size) -> Tensor:
     path = files.path_of(index)
     if image.shape[-2:] == size or image.shape[:-3:-1] != size or path.lower().endswith(".npy"):
         return image
-    with only_bad_image(), Image.open(path, formats=openable_formats()) as stored:
+    with only_bad_image(), open_image(path, files.channels) as stored:
         as_stored = image_to_tensor(stored, files.channels)
     return as_stored if as_stored.shape[-2:] == size else image

@@ -13,7 +13,18 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
-from mirl.data.decode import decoded, image_to_tensor, is_array, only_bad_image, open_image, read_image, turn_of
+from mirl.data.decode import (
+    array_in,
+    array_to_tensor,
+    decoded,
+    image_in,
+    image_to_tensor,
+    is_array,
+    only_bad_image,
+    open_image,
+    read_image,
+    turn_of,
+)
 from mirl.models.patches import Size
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
@@ -106,11 +117,22 @@ def open_picture(path: str | os.PathLike[str], channels: int = 3) -> Picture:
     with only_bad_image():
         if is_array(path):
             return DecodedPicture(read_image(path, channels))
-        image = open_image(path, channels)
-        if isinstance(image, JpegImageFile) and isinstance(image.fp, io.BytesIO):
-            return JpegPicture(image, image.fp, channels)
-        with image:
-            return DecodedPicture(decoded(image, channels))
+        return _picture(open_image(path, channels), channels)
+
+
+def picture_in(content: bytes, name: str, channels: int = 3) -> Picture:
+    """Open an image in memory that has the bytes and the name of a file; as `open_picture` does."""
+    with only_bad_image():
+        if is_array(name):
+            return DecodedPicture(array_to_tensor(array_in(content), channels))
+        return _picture(image_in(content, channels), channels)
+
+
+def _picture(image: Image.Image, channels: int) -> Picture:
+    if isinstance(image, JpegImageFile) and isinstance(image.fp, io.BytesIO):
+        return JpegPicture(image, image.fp, channels)
+    with image:
+        return DecodedPicture(decoded(image, channels))
 
 
 def _reduced(box: Box, smaller: int, size: tuple[int, int]) -> tuple[int, int, int, int]:

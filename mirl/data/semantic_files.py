@@ -11,8 +11,9 @@ from torch import Tensor
 from mirl.data.decode import BadImage
 from mirl.data.label_files import in_words, read_values
 from mirl.data.oriented import read_as_annotated
+from mirl.data.packed import PackedStrings
 from mirl.data.semantic_classes import Vocabulary
-from mirl.data.sources import ImageFiles, PackedStrings, open_source
+from mirl.data.sources import ImageFiles, open_source
 from mirl.errors import UserError
 
 SUFFIX = ".png"

@@ -1,4 +1,4 @@
-"""What `--data` accepts: a folder, a glob, a list file, built-in shapes, or a data set that torchvision downloads.
+"""What `--data` accepts: a folder, a glob, a list file, tar shards, built-in shapes, or a data set by its name.
 
 `open_source` turns each into a `Source`: images by index, no labels. The order is the same on every machine.
 Symbols: c channels, h and w image height and width.
@@ -8,18 +8,26 @@ import difflib
 import glob
 import os
 import tempfile
-from array import array
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from mirl.data.decode import MODES, image_suffixes, image_to_tensor, only_bad_image, read_image
+from mirl.data.encoded import EncodedImages
+from mirl.data.huggingface import open_table
+from mirl.data.packed import PackedStrings
+from mirl.data.path_index import cache_folder, remembered
 from mirl.data.pictures import DecodedPicture, Picture, open_picture
+from mirl.data.shard_names import FORMS, names_shards
+from mirl.data.shard_opening import open_shards
+from mirl.data.walking import read_list, suffix, walk
 from mirl.errors import UserError
 
 LIST_SUFFIXES = (".txt", ".lst")
+NAMED = 5  # folders that cannot be listed
 COMMON_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".bmp", ".npy")
 
 # Name -> torchvision's class and the arguments of its training split (for STL-10, of the part made for this).
@@ -38,7 +46,10 @@ TORCHVISION_SETS: dict[str, tuple[str, dict[str, Any]]] = {
     "svhn": ("SVHN", {"split": "train"}),
 }
 
-ALLOWED = f"a folder, a glob, a list file ({', '.join(LIST_SUFFIXES)}), shapes, or one of {', '.join(TORCHVISION_SETS)}"
+ALLOWED = (
+    f"a folder, a glob, a list file ({', '.join(LIST_SUFFIXES)}), {FORMS}, hf:NAME or hf:FOLDER, shapes, "
+    f"or one of {', '.join(TORCHVISION_SETS)}"
+)
 
 
 class Source(Protocol):
@@ -57,29 +68,9 @@ class Source(Protocol):
 
 def opened(source: Source, index: int) -> Picture:
     """Return an image whose pixels are decoded when a box is asked for, where the source can, or raise `BadImage`."""
-    return source.open(index) if isinstance(source, ImageFiles) else DecodedPicture(source.read(index))
-
-
-class PackedStrings:
-    """Strings in one block of bytes: millions cost little more than their letters and travel to a worker at once."""
-
-    def __init__(self, strings: Iterable[str] = ()):
-        self._letters, self._ends = bytearray(), array("q")
-        for string in strings:
-            self.append(string)
-
-    def append(self, string: str) -> None:
-        self._letters += os.fsencode(string)
-        self._ends.append(len(self._letters))
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: int) -> str:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is out of range; there are {len(self)} strings")
-        start = self._ends[index - 1] if index else 0
-        return os.fsdecode(bytes(self._letters[start : self._ends[index]]))
+    if isinstance(source, ImageFiles | EncodedImages):
+        return source.open(index)
+    return DecodedPicture(source.read(index))
 
 
 class ImageFiles:
@@ -91,13 +82,24 @@ class ImageFiles:
         channels: channels of every image read.
         ignored: number of files left out because their suffix is not an image's.
         unreadable: folders that could not be listed.
+        remembered: whether the paths are those that an earlier start found.
     """
 
     def __init__(
-        self, root: str, paths: PackedStrings, channels: int, *, ignored: int = 0, unreadable: Iterable[str] = ()
-    ):
+        self, root: str, paths: PackedStrings, channels: int, *, ignored: int = 0,
+        unreadable: Iterable[str] = (), remembered: bool = False,
+    ):  # fmt: skip
         self.root, self.paths, self.channels = root, paths, channels
-        self.ignored, self.unreadable = ignored, list(unreadable)
+        self.ignored, self.unreadable, self.remembered = ignored, list(unreadable), remembered
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a user should know of the data before it is used."""
+        if not self.unreadable:
+            return ()
+        more = f" and {len(self.unreadable) - NAMED} more" if len(self.unreadable) > NAMED else ""
+        named = ", ".join(map(printable, self.unreadable[:NAMED])) + more
+        return (f"folders that cannot be listed, whose images are not in the data: {named}",)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -108,7 +110,7 @@ class ImageFiles:
 
     def name_of(self, index: int) -> str:
         """Return the file's path in a form that can be printed even if the name is not valid UTF-8."""
-        return os.fsencode(self.path_of(index)).decode("utf-8", "backslashreplace")
+        return printable(self.path_of(index))
 
     def read(self, index: int) -> torch.Tensor:
         """Return uint8 [c, h, w], or raise `BadImage`."""
@@ -146,6 +148,8 @@ def open_source(data: str | Path, *, channels: int = 3, download: bool = False) 
     Args:
         data: a folder (searched below, in the order of relative paths), a glob such as `photos/**/*.jpg`, a list file
             (one path a line, relative to the list's folder; blank lines and lines that start with # are skipped),
+            tar shards such as `shards/{000000..000127}.tar`, a folder of them with its index, addresses of either,
+            `hf:NAME` or `hf:FOLDER` for a Hugging Face data set,
             `shapes`, `shapes:COUNT` or `shapes:COUNT:PIXELS`, or a name in `TORCHVISION_SETS`.
         channels: channels of every image; other than 1, 3 and 4 only `.npy` files are images.
         download: fetch a torchvision set that is not in the cache folder.
@@ -160,9 +164,13 @@ def open_source(data: str | Path, *, channels: int = 3, download: bool = False) 
         name, colon, count = text.partition(":")
         if name == "shapes":
             return _open_shapes(count if colon else "10000", channels)
+        if name == "hf" and colon:
+            return open_table(count, channels, download)
         if text in TORCHVISION_SETS:
             return _open_torchvision(text, channels, download)
     path = os.path.expanduser(text)
+    if names_shards(path):
+        return open_shards(text, channels, cache_folder())
     if os.path.isdir(path):
         return _open_folder(path, channels)
     if os.path.isfile(path):
@@ -186,50 +194,21 @@ def _open_shapes(text: str, channels: int) -> Source:
 
 
 def _open_folder(folder: str, channels: int) -> ImageFiles:
-    """Find all images below a folder, sorted by relative path, without a system call for each file."""
     suffixes = image_suffixes(channels)
-    paths, ignored, unreadable = PackedStrings(), 0, []
-    visited: set[tuple[int, int]] = set()
-    # Relative paths; a folder's ends in "/", which makes this walk's order that of the full paths ("a-b/x" < "a/x").
-    waiting = [""]
-    while waiting:
-        relative = waiting.pop()
-        if relative and not relative.endswith("/"):
-            paths.append(relative)
-            continue
-        try:
-            info = os.stat(os.path.join(folder, relative))
-            if (info.st_dev, info.st_ino) in visited:  # a symbolic link to a folder that was seen, or a loop
-                continue
-            visited.add((info.st_dev, info.st_ino))
-            with os.scandir(os.path.join(folder, relative)) as entries:
-                found = list(entries)
-        except OSError:
-            unreadable.append(os.path.join(folder, relative))
-            continue
-        if {"config.yaml", "log.txt", "metrics.jsonl"} <= {entry.name for entry in found}:
-            continue  # a run inside the data: its pictures are not images to train on
-        wanted = []
-        for entry in found:
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
-                continue
-            if _is_folder(entry):
-                wanted.append(f"{relative}{entry.name}/")
-            elif _suffix(entry.name) in suffixes:
-                wanted.append(relative + entry.name)
-            else:
-                ignored += 1
-        waiting.extend(sorted(wanted, reverse=True))
-    if not paths:
-        closed = f" and {len(unreadable)} folders that cannot be read" if unreadable else ""
-        raise UserError(f"{folder!r} has no images, but {ignored} other files{closed}; {_allowed_suffixes(channels)}")
-    return ImageFiles(folder, paths, channels, ignored=ignored, unreadable=unreadable)
+    found = remembered(folder, suffixes, partial(walk, folder, suffixes))
+    if not found.paths:
+        closed = f" and {len(found.unreadable)} folders that cannot be read" if found.unreadable else ""
+        others = f"{found.ignored} other files{closed}"
+        raise UserError(f"{folder!r} has no images, but {others}; {_allowed_suffixes(channels)}")
+    return ImageFiles(
+        folder, found.paths, channels, ignored=found.ignored, unreadable=found.unreadable, remembered=found.remembered
+    )
 
 
 def _open_glob(pattern: str, channels: int) -> ImageFiles:
     suffixes = image_suffixes(channels)
     matches = sorted(glob.iglob(pattern, recursive=True), key=lambda path: Path(path).as_posix())
-    paths = PackedStrings(path for path in matches if _suffix(path) in suffixes and "__MACOSX" not in Path(path).parts)
+    paths = PackedStrings(path for path in matches if suffix(path) in suffixes and "__MACOSX" not in Path(path).parts)
     if not paths:
         raise UserError(f"{pattern!r} matches no images, but {len(matches)} others; {_allowed_suffixes(channels)}")
     return ImageFiles("", paths, channels, ignored=len(matches) - len(paths))
@@ -237,19 +216,17 @@ def _open_glob(pattern: str, channels: int) -> ImageFiles:
 
 def _open_list(path: str, channels: int) -> ImageFiles:
     folder = os.path.dirname(path)
-    if _suffix(path) in image_suffixes(channels):
+    if suffix(path) in image_suffixes(channels):
         raise UserError(f"{path!r} is a single image; give its folder, {folder or '.'!r}")
-    if _suffix(path) not in LIST_SUFFIXES:
+    if suffix(path) not in LIST_SUFFIXES:
         raise UserError(f"{path!r} is neither a folder nor a list file; give {ALLOWED}")
     try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
-            stripped = (line.strip() for line in lines)
-            paths = PackedStrings(line for line in stripped if line and not line.startswith("#"))
+        found = remembered(path, (), partial(read_list, path))
     except OSError as error:
         raise UserError(f"{path!r} cannot be read: {error.strerror}; give a list file that can") from error
-    if not paths:
+    if not found.paths:
         raise UserError(f"{path!r} lists no images; write one path a line, relative to its folder or absolute")
-    return ImageFiles(folder, paths, channels)
+    return ImageFiles(folder, found.paths, channels, remembered=found.remembered)
 
 
 def _open_torchvision(name: str, channels: int, download: bool) -> TorchvisionImages:
@@ -259,7 +236,7 @@ def _open_torchvision(name: str, channels: int, download: bool) -> TorchvisionIm
 
     class_name, arguments = TORCHVISION_SETS[name]
     make = getattr(torchvision.datasets, class_name)
-    folder = _cache_folder() / name
+    folder = cache_folder() / "datasets" / name
     missing = not folder.exists()
     if missing and not download:
         hint = f" (for the folder of that name give ./{name})" if os.path.exists(name) else ""
@@ -278,11 +255,6 @@ def _open_torchvision(name: str, channels: int, download: bool) -> TorchvisionIm
         failure = "could not be downloaded" if missing else f"in {folder} cannot be read"
         remedy = "check the network and try again" if missing else "delete that folder and add --download"
         raise UserError(f"{name} {failure} ({' '.join(str(error).split())}); {remedy}") from error
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "mirl" / "datasets"
 
 
 def not_there(text: str, allowed: str, built_in: Iterable[str]) -> str:
@@ -304,19 +276,13 @@ def not_there(text: str, allowed: str, built_in: Iterable[str]) -> str:
     return f"{text!r} does not exist{within}; {advice}"
 
 
+def printable(path: str) -> str:
+    """Return a path that can be printed even if it is not valid UTF-8."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def _allowed_suffixes(channels: int) -> str:
     suffixes = image_suffixes(channels)
     common = [suffix for suffix in COMMON_SUFFIXES if suffix in suffixes]
     more = f" and {len(suffixes) - len(common)} more" if len(suffixes) > len(common) else ""
     return f"with {channels} channels, images are files that end in {', '.join(common)}{more}"
-
-
-def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
-
-
-def _is_folder(entry: "os.DirEntry[str]") -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a symbolic link that cannot be followed
-        return False

@@ -15,8 +15,9 @@ from mirl.data.instances import (
     open_instance_test,
     open_instances,
 )
-from mirl.data.loading import StepSampler, collate, load
+from mirl.data.loading import StepSampler, collate
 from mirl.data.shapes import CLASSES
+from mirl.data.workers import Batches
 from mirl.errors import UserError
 
 COUNT = 9
@@ -100,7 +101,7 @@ def test_a_change_reaches_every_tensor():
 def test_batches_are_a_function_of_epoch_and_index(workers):
     def read(workers):
         sampler = StepSampler(COUNT, 4, 2, seed=0, start=0, stop=4, rank=0, world_size=1)
-        return list(load(views(view=jitter, key=(3,)), sampler, workers=workers, pin=False))
+        return list(Batches(views(view=jitter, key=(3,)), sampler, workers=workers, pin=False))
 
     torch.manual_seed(workers)
     for one, other in zip(read(workers), read(0), strict=True):

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from mirl.data.decode import BadImage
-from mirl.data.loading import MAX_CONSECUTIVE_BAD, MaskedImages, StepSampler, collate, load, seeded
+from mirl.data.loading import MAX_CONSECUTIVE_BAD, MaskedImages, StepSampler, collate, seeded
 from mirl.data.transforms import fixed_view, training_view
+from mirl.data.workers import Batches
 from mirl.errors import UserError
 
 COUNT, PATCHES, SIZE = 37, 16, (16, 16)
@@ -45,7 +46,7 @@ def sampler(batch=8, micro_batch=8, *, seed=0, start=0, stop=8, rank=0, world_si
 
 
 def read(workers=0, dataset=None, **options):
-    return list(load(dataset or images(), sampler(**options), workers=workers, pin=False))
+    return list(Batches(dataset or images(), sampler(**options), workers=workers, pin=False))
 
 
 def assert_same(left, right):

@@ -14,7 +14,7 @@ import torch
 from PIL import ExifTags, Image
 
 from mirl.data.decode import BadImage
-from mirl.data.loading import StepSampler, collate, load
+from mirl.data.loading import StepSampler, collate
 from mirl.data.semantic import (
     IGNORE,
     SemanticBatch,
@@ -25,6 +25,7 @@ from mirl.data.semantic import (
     open_semantic_training,
 )
 from mirl.data.shapes import CLASSES
+from mirl.data.workers import Batches
 from mirl.errors import UserError
 
 SHARED = Path(os.environ.get("MIRL_SHARED", Path(__file__).resolve().parents[3] / "shared"))
@@ -430,7 +431,7 @@ def test_views_travel_to_workers(tmp_path):
     train, _ = open_semantic(folder(tmp_path))
     views = SemanticViews(train.source, train.members, substitute=True)
     keys = list(StepSampler(3, 3, 3, seed=0, start=0, stop=1, rank=0, world_size=1))
-    (batch,) = load(views, keys, workers=0, pin=False)
+    (batch,) = Batches(views, keys, workers=0, pin=False)
     assert sorted(batch.indices.tolist()) == [0, 1, 2]
     assert torch.equal(batch.labels[0], torch.from_numpy(label()))
     assert pickle.loads(pickle.dumps(views))[0, 1].labels.shape == (1, HEIGHT, WIDTH)

@@ -13,7 +13,8 @@ from PIL import Image
 
 from mirl.data import sources
 from mirl.data.decode import BadImage
-from mirl.data.sources import ImageFiles, PackedStrings, open_source
+from mirl.data.packed import PackedStrings
+from mirl.data.sources import ImageFiles, open_source
 from mirl.errors import UserError
 
 
@@ -92,6 +93,7 @@ def test_unreadable_folder_is_reported(photos, monkeypatch):
     source = open_source("photos")
     assert len(source) == 4
     assert source.unreadable == [os.path.join("photos", "a-b/")]
+    assert source.warnings == ("folders that cannot be listed, whose images are not in the data: photos/a-b/",)
 
 
 def test_bad_files_are_found_when_they_are_read(photos):
@@ -130,7 +132,7 @@ def test_list_file(photos, tmp_path):
 
 def test_file_errors_say_what_to_give(photos):
     assert error("photos/b.PNG") == "'photos/b.PNG' is a single image; give its folder, 'photos'"
-    assert "give a folder, a glob, a list file (.txt, .lst), shapes" in error("photos/a/film.mp4")
+    assert "give a folder, a glob, a list file (.txt, .lst), tar shards (" in error("photos/a/film.mp4")
     os.chdir("photos")
     assert "give its folder, '.'" in error("b.PNG")
 

@@ -1,0 +1,167 @@
+"""Shards of other machines (http, S3, Google's and Azure's stores), each fetched whole into a folder of this one.
+
+All processes of a machine share the folder: one of them fetches a shard, the others wait for it. When the folder is
+full, the shards whose use began longest ago are deleted; who still reads one keeps it open.
+"""
+
+import hashlib
+import os
+import re
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from mirl.data.reading import Unread
+from mirl.errors import UserError
+from mirl.training.files import atomic
+
+SCHEMES = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss", "hf", "sftp")
+LIMIT = "MIRL_CACHE_GIB"  # environment variable
+DEFAULT_LIMIT = 100.0  # GiB
+SECONDS = 30  # without a byte, after which a server counts as lost
+PAUSES = (1.0, 5.0, 20.0)  # seconds between tries to fetch a shard
+FAILED_FOR = 60  # seconds for which a shard that could not be fetched is not asked for again
+
+
+def is_remote(name: str) -> bool:
+    """Tell whether a name is an address, such as s3://bucket/000000.tar."""
+    return re.match(r"[a-z][a-z0-9+.-]*://", name) is not None
+
+
+class ShardCache:
+    """A folder of fetched files of at most `limit` GiB.
+
+    Raises:
+        UserError: if `MIRL_CACHE_GIB` is no number.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        text = os.environ.get(LIMIT, str(DEFAULT_LIMIT))
+        if not re.fullmatch(r"\d*\.?\d+", text) or float(text) <= 0:
+            raise UserError(f"{LIMIT}={text} is not allowed; give the GiB that fetched shards may take, such as 100")
+        self.folder, self.limit = folder, float(text) * 2**30
+
+    def fetched(self, url: str, *, size: int | None = None, sha256: str = "", version: str = "") -> Path:
+        """Return where the file at `url` is on this machine; fetch it if it is not there yet.
+
+        Args:
+            size: bytes, sha256: checksum that the file must have, where they are known. version: what tells it from
+                others that were at this address.
+
+        Raises:
+            Unread: if it cannot be fetched, or is not what was expected; FileNotFoundError: if there is no such file.
+        """
+        key = hashlib.sha256(f"{url}|{sha256}|{version}".encode()).hexdigest()[:32]
+        path, failed = self.folder / f"{key}.tar", self.folder / f"{key}.failed"
+        if not _is_whole(path, size):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder / f"{key}.lock"):
+                if not _is_whole(path, size):
+                    _raise_again(failed)
+                    try:
+                        _fetch_patiently(url, path, size, sha256)
+                    except OSError as error:
+                        failed.write_text(f"{type(error) is FileNotFoundError:d}{error}", encoding="utf-8")
+                        raise
+                    self._make_room(path)
+        os.utime(path)
+        return path
+
+    def _make_room(self, newest: Path) -> None:
+        """Delete the shards whose use began longest ago until the others fit."""
+        found = []
+        for entry in os.scandir(self.folder):
+            if entry.name.endswith(".tar") and entry.name != newest.name:
+                with suppress(FileNotFoundError):  # another process made room
+                    found.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
+        room = self.limit - newest.stat().st_size
+        for _, size, path in sorted(found, reverse=True):
+            room -= size
+            if room < 0:
+                with suppress(FileNotFoundError):  # another process made room
+                    os.unlink(path)
+
+
+def _is_whole(path: Path, size: int | None) -> bool:
+    try:
+        return size in (None, path.stat().st_size)
+    except FileNotFoundError:
+        return False
+
+
+def _raise_again(failed: Path) -> None:
+    """Raise the error of a moment ago, of whichever process, so that each image of a lost shard costs no time."""
+    try:
+        if time.time() - failed.stat().st_mtime < FAILED_FOR:
+            text = failed.read_text(encoding="utf-8")
+            raise FileNotFoundError(text[1:]) if text[0] == "1" else Unread(text[1:])
+    except FileNotFoundError as error:
+        if error.errno is None:
+            raise
+
+
+def _fetch_patiently(url: str, path: Path, size: int | None, sha256: str) -> None:
+    for pause in (*PAUSES, None):
+        try:
+            _fetch(url, path, size, sha256)
+            return
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{url} is missing") from error
+        except Exception as error:  # every store's library has errors of its own
+            if pause is None:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise Unread(f"{url} cannot be fetched, tried {len(PAUSES) + 1} times: {reason[:120]}") from error
+            time.sleep(pause)
+
+
+def _fetch(url: str, path: Path, size: int | None, sha256: str) -> None:
+    filesystem, place = filesystem_of(url)
+    with atomic(path) as temporary:
+        filesystem.get_file(place, str(temporary))
+        found = temporary.stat().st_size
+        if size is not None and found != size:
+            raise OSError(f"it has {found:,} bytes instead of {size:,}")
+        if sha256 and checksum(temporary) != sha256:
+            raise OSError("it has another checksum")
+
+
+def checksum(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def version_at(url: str) -> str:
+    """Return what changes when another file is put at an address: its size, its time, its tag.
+
+    Raises:
+        OSError: if it cannot be asked for; FileNotFoundError: if there is none.
+    """
+    filesystem, place = filesystem_of(url)
+    return repr(sorted((key, str(value)) for key, value in filesystem.info(place).items()))
+
+
+def filesystem_of(url: str) -> tuple[Any, str]:
+    """Return fsspec's file system for an address, and the place in it.
+
+    Raises:
+        UserError: if there is none, or its package is missing.
+    """
+    scheme = url.partition(":")[0]
+    if scheme not in SCHEMES or "::" in url:  # fsspec's others start programs, or nest
+        raise UserError(f"{url!r} has an address of another kind; give one that begins with {', '.join(SCHEMES)}")
+    try:
+        import fsspec
+
+        options: dict[str, Any] = {}
+        if scheme in ("http", "https"):
+            from aiohttp import ClientTimeout
+
+            options["client_kwargs"] = {"timeout": ClientTimeout(None, sock_connect=SECONDS, sock_read=SECONDS)}
+        filesystem, place = fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:
+        raise UserError(f"{url!r} needs packages that are missing; run pip install 'mirl[remote]' ({error})") from error
+    return filesystem, place

@@ -1,0 +1,201 @@
+"""From names of shards to their images: the index that was written with them, one that was made before, or a new one.
+
+An index is the data: a shard that it knows and that is gone or damaged keeps its images, which are skipped and counted
+when they are read. So days of training do not end, and a run can be resumed, because of one file.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from glob import escape, glob
+from pathlib import Path
+
+from filelock import FileLock
+from rich.progress import track
+
+from mirl.data.decode import MODES
+from mirl.data.order import HELD_OUT_SHARDS, WINDOW
+from mirl.data.shard_cache import LIMIT, ShardCache, is_remote, version_at
+from mirl.data.shard_names import INDEX, beside, expand, index_of, is_folder
+from mirl.data.shards import ShardImages
+from mirl.data.tar_index import Index, Members, Shard, scan
+from mirl.errors import UserError
+from mirl.training.runs import console
+
+Part = tuple[Shard, Members]
+NAMED = 3  # shards with problems
+
+
+def open_shards(data: str, channels: int, cache: Path) -> ShardImages:
+    """Open the shards that `--data` names.
+
+    Args:
+        cache: folder for the indexes that are made, and for shards of other machines.
+
+    Raises:
+        UserError: if there are none, none has images, or an address is of no known kind.
+    """
+    store = ShardCache(cache / "shards")
+    names = expand(data)
+    written = _written(names, channels, store)
+    names = [shard for name in names for shard in (_in_folder(name, written) if is_folder(name) else [name])]
+    new = [name for name in names if not _fits(name, written.get(name), modified=False)]
+    made = _made(new, channels, cache, store, written) if new else {}
+    index = Index.joined([made[name] if name in made else written[name] for name in names], {})
+    if not len(index.members):
+        raise UserError(_nothing(data, index))
+    return ShardImages(index, partial(_fetched, store), channels, tuple(_warnings(index, store)))
+
+
+def _fetched(store: ShardCache, shard: Shard) -> str:
+    """Return a shard's path on this machine, fetched if it is elsewhere."""
+    if not is_remote(shard.name):
+        return shard.name
+    return str(store.fetched(shard.name, size=shard.size or None, sha256=shard.sha256))
+
+
+def kind(channels: int) -> str:
+    """Return which members are images: an index of the ones is none of the others."""
+    return "images" if channels in MODES else "arrays"
+
+
+def _in_folder(folder: str, written: dict[str, Part]) -> list[str]:
+    """Return the shards of a folder: those that its index names; of a local one without, its tar files."""
+    names = [name for name in written if beside(name, "") == beside(index_of(folder), "")]
+    if not names and not is_remote(folder):
+        names = sorted(glob(os.path.join(escape(folder), "*.tar")))
+    if not names:
+        raise UserError(f"{folder!r} has no {INDEX}; name its shards, such as '{folder}{{000..127}}.tar'")
+    return names
+
+
+def _written(names: Iterable[str], channels: int, store: ShardCache) -> dict[str, Part]:
+    """Return what the indexes beside the shards say, by the shards' full names."""
+    found: dict[str, Part] = {}
+    for place in dict.fromkeys(map(index_of, names)):
+        try:
+            path = store.fetched(place, version=version_at(place)) if is_remote(place) else Path(place)
+            index = Index.load(path)
+        except FileNotFoundError:
+            continue
+        except (ValueError, OSError) as error:
+            if is_remote(place):
+                raise UserError(f"{place} cannot be used ({error}); put it there again, or take it away") from error
+            console.print(f"warning: {place} cannot be used ({error}); the shards are indexed again", markup=False)
+            continue
+        if index.about.get("kind") == kind(channels):
+            found |= {
+                beside(place, name): (replace(shard, name=beside(place, name)), members)
+                for name, (shard, members) in index.of_shards().items()
+                if "/" not in name and os.sep not in name
+            }
+    return found
+
+
+def _made(names: list[str], channels: int, cache: Path, store: ShardCache, written: dict[str, Part]) -> dict[str, Part]:
+    """Return each shard's part: from the cached index if the shard has not changed since, else from its headers."""
+    full = [name if is_remote(name) else os.path.abspath(name) for name in names]
+    key = hashlib.sha256(json.dumps([*full, kind(channels)]).encode(errors="surrogateescape")).hexdigest()[:32]
+    path = cache / "shards" / f"{key}.index"
+    with _alone(path):
+        try:
+            before = Index.load(path).of_shards()
+        except (ValueError, OSError):
+            before = {}
+        known = {name: before.get(name) or written.get(name) for name in names}
+        new = [name for name in names if not _fits(name, before.get(name), modified=True)]
+        if far := [name for name in new if is_remote(name)]:
+            console.print(
+                f"{len(far)} shards have no {INDEX} beside them: they are fetched once, to be indexed", markup=False
+            )
+        parts = {name: part for name, part in before.items() if name not in new}
+        for name in track(new, "indexing shards", console=console, transient=True, disable=not console.is_terminal):
+            parts[name] = _part(name, channels, store, known[name])
+        if new:
+            _keep(Index.joined([parts[name] for name in names], {}), path)
+    return parts
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Let one process of the machine make an index while the others wait for it, where that is possible."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_suffix(".lock"))
+        lock.acquire()
+    except OSError:  # the cache folder cannot be written
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _keep(index: Index, path: Path) -> None:
+    try:
+        index.save(path)
+    except OSError as error:
+        console.print(f"the index of the shards is not kept: {error}; it is made again next time", markup=False)
+
+
+def _fits(name: str, part: Part | None, *, modified: bool) -> bool:
+    """Tell whether an index's part still is the shard's: by its size and, for `modified`, its time of modification.
+
+    A copy of a shard has another time than the shard, so the index that was written with it goes by the size.
+    """
+    if part is None:
+        return False
+    if is_remote(name):
+        return not part[0].problem
+    try:
+        info = os.stat(name)
+    except OSError:
+        return False
+    return info.st_size == part[0].size and (not modified or info.st_mtime_ns == part[0].changed)
+
+
+def _part(name: str, channels: int, store: ShardCache, known: Part | None) -> Part:
+    """Index a shard; if it is damaged or gone, what was known of it stays, with what is wrong."""
+    try:
+        shard, members = scan(_fetched(store, Shard(name, 0)), channels)
+        shard = replace(shard, name=name)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        missing = isinstance(error, FileNotFoundError)
+        shard, members = (
+            Shard(name, 0, problem="is missing" if missing else f"cannot be read: {reason}"),
+            Members.of([]),
+        )
+    if shard.problem and known and known[0].count > shard.count:
+        return replace(known[0], problem=shard.problem), known[1]
+    return shard, members
+
+
+def _nothing(data: str, index: Index) -> str:
+    """Say why shards have no images."""
+    wrong = [shard for shard in index.shards if shard.problem]
+    if wrong:
+        more = f" ({len(wrong)} of {len(index.shards)} shards are like that)" if len(index.shards) > 1 else ""
+        return f"{wrong[0].name!r} {wrong[0].problem}{more}; give tar files of images, as mirl shard writes them"
+    ignored = sum(shard.ignored for shard in index.shards)
+    return f"{data!r} has no images, but {ignored} other members; give shards with .jpg, .png, .webp ... in them"
+
+
+def _warnings(index: Index, store: ShardCache) -> Iterator[str]:
+    wrong = [shard for shard in index.shards if shard.problem]
+    if wrong:
+        named = ", ".join(f"{shard.name} {shard.problem}" for shard in wrong[:NAMED])
+        more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+        yield f"{len(wrong)} of {len(index.shards)} shards cannot be read to the end: {named}{more}"
+    far = sorted((shard.size for shard in index.shards if is_remote(shard.name)), reverse=True)
+    at_a_time = sum(far[: WINDOW + HELD_OUT_SHARDS])
+    if at_a_time > store.limit:
+        yield (
+            f"the shards that are read at a time have {at_a_time / 2**30:.3g} GiB, but {LIMIT} is "
+            f"{store.limit / 2**30:.3g}: they will be fetched again and again"
+        )

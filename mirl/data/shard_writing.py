@@ -1,0 +1,146 @@
+"""Writing tar shards: each is a function of the images and the options, whole or not there, and checked.
+
+A shard's own index is written after it, so whoever goes on after a kill knows which shards are done.
+"""
+
+import errno
+import hashlib
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
+from typing import IO, cast
+
+import numpy as np
+
+from mirl.data.decode import BadImage
+from mirl.data.shard_cache import checksum
+from mirl.data.shard_images import shard_image
+from mirl.data.sources import Source
+from mirl.data.tar_index import BLOCK, Index, scan
+from mirl.errors import UserError
+from mirl.training.files import atomic
+
+SAMPLED = 256  # images of which the number for a shard is reckoned
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which images go into which shard of `folder`.
+
+    Attributes:
+        order: indices into `source`, in the order of writing. per_shard: images in a shard.
+        resize, channels: as for `shard_image`.
+    """
+
+    source: Source
+    folder: Path
+    order: np.ndarray
+    per_shard: int
+    resize: int | None
+    channels: int
+
+    @property
+    def shards(self) -> int:
+        return -(-len(self.order) // self.per_shard)
+
+    def part(self, number: int) -> np.ndarray:
+        """Return the indices of a shard's images."""
+        return self.order[number * self.per_shard :][: self.per_shard]
+
+    def tar(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.tar"
+
+    def index(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.index"
+
+
+def images_per_shard(source: Source, order: np.ndarray, size: float, resize: int | None, channels: int) -> int:
+    """Return how many images make shards of about `size` bytes, all equally many, from the first ones of an order.
+
+    Raises:
+        UserError: if none of those can be read.
+    """
+    sizes, bad = [], ""
+    for index in order[:SAMPLED].tolist():
+        try:
+            content = shard_image(source, index, resize, channels)[1]
+            sizes.append(BLOCK + _padded(len(content)))
+        except BadImage as error:
+            bad = f"{source.name_of(index)} {error.reason}"
+    if not sizes:
+        raise UserError(f"none of the first {min(len(order), SAMPLED)} images can be read, e.g. {bad}; check the data")
+    shards = max(1, round(len(order) * float(np.mean(sizes)) / size))
+    return -(-len(order) // shards)
+
+
+def write_shard(plan: Plan, number: int, wrote: Callable[[], None]) -> None:
+    """Write a shard and its index, in which the images that were left out are named; `wrote` is called for each image.
+
+    Raises:
+        OSError: if it cannot be written, or does not hold what was written.
+    """
+    skipped: list[tuple[str, str]] = []
+    with atomic(plan.tar(number)) as temporary:
+        rows, digest = _write(temporary, _images(plan, number, skipped), wrote)
+        shard, members = scan(str(temporary), plan.channels)
+        if shard.problem or rows != list(members.rows()) or checksum(temporary) != digest:
+            raise OSError(errno.EIO, "what was written does not read the same; check the disk")
+    described = replace(shard, name=plan.tar(number).name, changed=0, sha256=digest)
+    Index.joined([(described, members)], {"skipped": skipped}).save(plan.index(number))
+
+
+def written(plan: Plan, number: int) -> Index | None:
+    """Return the index of a shard that is written, None if it is not."""
+    try:
+        index = Index.load(plan.index(number))
+        return index if plan.tar(number).stat().st_size == index.shards[0].size else None
+    except (OSError, ValueError):
+        return None
+
+
+def _images(plan: Plan, number: int, skipped: list[tuple[str, str]]) -> Iterator[tuple[str, bytes] | None]:
+    """Yield name and bytes of each image of a shard, None for one that cannot be used."""
+    for index in plan.part(number).tolist():
+        try:
+            yield shard_image(plan.source, index, plan.resize, plan.channels)
+        except BadImage as error:
+            skipped.append((plan.source.name_of(index), error.reason))
+            yield None
+
+
+def _write(
+    path: Path, images: Iterator[tuple[str, bytes] | None], wrote: Callable[[], None]
+) -> tuple[list[tuple[int, int, str]], str]:
+    """Write a tar file that depends on its images alone; return (offset, size, name) of each, and its checksum."""
+    rows = []
+    with open(path, "wb") as file:
+        hashing = _Hashing(file)
+        with tarfile.open(fileobj=cast(IO[bytes], hashing), mode="w", errors="surrogateescape") as tar:
+            for image in images:
+                if image:
+                    name, content = image
+                    member = tarfile.TarInfo(name)  # of time 0 and user 0
+                    member.size = len(content)
+                    tar.addfile(member, BytesIO(content))
+                    rows.append((tar.offset - _padded(len(content)), len(content), name))
+                    tar.members = []  # type: ignore[attr-defined]  # or it would keep them all
+                wrote()
+    return rows, hashing.sha256.hexdigest()
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
+
+
+class _Hashing:
+    """A file that knows the SHA-256 of what was written to it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.sha256 = file, hashlib.sha256()
+        self.tell = file.tell
+
+    def write(self, content: bytes) -> int:
+        self.sha256.update(content)
+        return self.file.write(content)

@@ -1,0 +1,234 @@
+"""`mirl shard`: images in tar files of equal size, mixed, for disks and networks that are slow with many small files.
+
+In OUT: 000000.tar ...  index.safetensors (where each image is)  shard.json (how they were made)  skipped.csv
+"""
+
+import csv
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mirl.data.shard_names import INDEX
+from mirl.data.shard_opening import kind
+from mirl.data.shard_writing import Plan, images_per_shard, write_shard, written
+from mirl.data.sources import Source, open_source
+from mirl.data.tar_index import Index
+from mirl.errors import UserError
+from mirl.tasks.options import available_cores
+from mirl.training.files import atomic
+from mirl.training.runs import console
+
+MADE_BY, SKIPPED = "shard.json", "skipped.csv"
+OURS = re.compile(rf"\d{{6,}}\.(tar|index)|{re.escape(INDEX)}|{re.escape(MADE_BY)}|{re.escape(SKIPPED)}")
+
+
+def shard(
+    data: str,
+    out: str,
+    *,
+    shard_mib: float = 256,
+    resize: int | None = None,
+    shuffle: bool = True,
+    seed: int = 0,
+    channels: int = 3,
+    workers: int | None = None,
+    download: bool = False,
+) -> Path:
+    """Write images into tar shards that `--data` takes, and webdataset reads.
+
+    Shards are checked after they are written. What is not an image is left out and listed in `skipped.csv`. Started
+    again after a kill, it goes on behind the last whole shard; the result is the same, byte for byte.
+
+    Args:
+        data: whatever pretrain's --data takes: a folder, a glob, a list, other shards ...
+        out: folder for the shards; new or empty, or that of the same command that was interrupted
+        shard_mib: size of a shard in MiB, about
+        resize: shorter side, in pixels, to make larger images smaller; by default images stay as they are
+        shuffle: mix the images, so that each shard is a fair sample; false keeps their order
+        seed: of the mixing
+        channels: of the images; other than 1, 3 and 4 only .npy files are images
+        workers: processes; by default one for each core
+        download: let torchvision or the hub fetch a data set given by name
+
+    Returns:
+        The path of the folder.
+
+    Raises:
+        UserError: on a mistake in the options or the data, or if the folder holds other things or cannot be written.
+    """
+    _check(shard_mib=shard_mib, resize=resize, workers=workers, seed=seed)
+    source = open_source(data, channels=channels, download=download)
+    order = np.random.default_rng(seed).permutation(len(source)) if shuffle else np.arange(len(source))
+    folder = Path(out).expanduser()
+    made_by = {
+        "images": len(source), "names": _digest(source), "shard_mib": shard_mib, "resize": resize, "shuffle": shuffle,
+        "seed": seed, "channels": channels,
+    }  # fmt: skip
+    try:
+        before = _claim(folder, made_by)
+        per_shard = before or images_per_shard(source, order, shard_mib * 2**20, resize, channels)
+        _write_json(folder / MADE_BY, made_by | {"per_shard": per_shard})
+        plan = Plan(source, folder, order, per_shard, resize, channels)
+        if not (folder / INDEX).exists():
+            _write_shards(plan, available_cores() if workers is None else workers)
+            _finish(plan, made_by)
+        _tell(folder, plan)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write {folder}: {reason}; mend that and start again, it goes on") from error
+    return folder
+
+
+def _check(*, shard_mib: float, resize: int | None, workers: int | None, seed: int) -> None:
+    if not 0 < shard_mib <= 2**20:
+        raise UserError(f"--shard_mib {shard_mib} is not allowed; give more than 0 and at most {2**20}")
+    if resize is not None and resize < 1:
+        raise UserError(f"--resize {resize} is not allowed; give pixels, 1 or more")
+    if workers is not None and workers < 0:
+        raise UserError(f"--workers {workers} is not allowed; give 0 or more")
+    if seed < 0:
+        raise UserError(f"--seed {seed} is not allowed; give 0 or more")
+
+
+def _digest(source: Source) -> str:
+    """Return what tells these images from others: a checksum of their names."""
+    digest = hashlib.sha256()
+    for index in range(len(source)):
+        digest.update(source.name_of(index).encode() + b"\0")
+    return digest.hexdigest()
+
+
+def _claim(folder: Path, made_by: dict[str, Any]) -> int | None:
+    """Return the images of a shard in a folder of the same command, None for an empty one; refuse any other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {entry.name for entry in os.scandir(folder)}
+    if not names:
+        return None
+    if others := sorted(name for name in names if not OURS.fullmatch(name.removesuffix(".tmp"))):
+        raise UserError(f"{folder} holds other things, e.g. {others[0]}; give a new folder")
+    try:
+        found = json.loads((folder / MADE_BY).read_text(encoding="utf-8"))
+        per_shard = int(found.pop("per_shard"))
+    except FileNotFoundError:
+        if all(name.endswith(".tmp") for name in names):
+            return None
+        raise UserError(f"{folder} holds shards that are not mirl's; give a new folder") from None
+    except (ValueError, KeyError, AttributeError):
+        raise UserError(f"{folder / MADE_BY} is damaged; give a new folder") from None
+    if found != made_by:
+        changed = [name for name in made_by if found.get(name) != made_by[name]]
+        raise UserError(
+            f"{folder} holds shards of other {' and '.join(changed)}; give a new folder, or the same options"
+        )
+    return per_shard
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_shards(plan: Plan, workers: int) -> None:
+    """Write the shards that are not written yet, with a bar of images."""
+    left = [number for number in range(plan.shards) if written(plan, number) is None]
+    done = sum(len(plan.part(number)) for number in range(plan.shards)) - sum(len(plan.part(n)) for n in left)
+    if done:
+        console.print(f"{plan.shards - len(left)} of {plan.shards} shards are written already; going on", markup=False)
+    columns = (TextColumn("writing shards"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("", total=len(plan.order), completed=done)
+        if workers == 0:
+            for number in left:
+                write_shard(plan, number, lambda: progress.advance(bar))
+            return
+        count = multiprocessing.Value("q", done)
+        with _pool(plan, count, min(workers, len(left)) or 1) as pool:
+            waiting: set[Future[None]] = {pool.submit(_write_one, number) for number in left}
+            while waiting:
+                finished, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    future.result()
+                progress.update(bar, completed=count.value)
+
+
+@contextmanager
+def _pool(plan: Plan, count: Any, workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Yield processes that write shards; they end with the block, however it ends."""
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, initializer=_begin, initargs=(plan, count))
+    try:
+        yield pool
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that wrote a shard was killed, probably for want of memory; start again with fewer --workers, "
+            "it goes on"
+        ) from error
+    finally:
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        pool.shutdown(cancel_futures=True)
+
+
+_plan: Plan
+_count: Any
+
+
+def _begin(plan: Plan, count: Any) -> None:
+    """Prepare a process: it leaves Ctrl-C to its parent, and ends with it."""
+    global _plan, _count
+    _plan, _count = plan, count
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
+
+
+def _write_one(number: int) -> None:
+    write_shard(_plan, number, _wrote)
+
+
+def _wrote() -> None:
+    with _count.get_lock():
+        _count.value += 1
+
+
+def _finish(plan: Plan, made_by: dict[str, Any]) -> None:
+    """Join the shards' indexes to one, list what was left out, and delete the parts."""
+    parts = [index for number in range(plan.shards) if (index := written(plan, number))]
+    assert len(parts) == plan.shards, f"{len(parts)} of {plan.shards} shards are written"
+    skipped = [row for part in parts for row in part.about["skipped"]]
+    if skipped:
+        with atomic(plan.folder / SKIPPED) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("image", "reason"), *skipped])
+    about = {**made_by, "kind": kind(plan.channels), "skipped": len(skipped)}
+    Index.joined([(part.shards[0], part.members) for part in parts], about).save(plan.folder / INDEX)
+    for number in range(plan.shards):
+        plan.index(number).unlink(missing_ok=True)
+
+
+def _tell(folder: Path, plan: Plan) -> None:
+    index = Index.load(folder / INDEX)
+    size, skipped = sum(shard.size for shard in index.shards), index.about["skipped"]
+    console.print(
+        f"saved {len(index.members)} images in {len(index.shards)} shards ({size / 2**20:.4g} MiB), each checked; use "
+        f"them with --data {folder}",
+        markup=False,
+    )
+    if skipped:
+        console.print(f"left out {skipped} images, listed in {folder / SKIPPED}", markup=False)

@@ -1,0 +1,153 @@
+"""Shards of a server: fetched once for all processes, checked, tried again, deleted when there is no room."""
+
+import multiprocessing
+import os
+import shutil
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+import mirl
+from mirl.data import shard_cache
+from mirl.data.decode import BadImage
+from mirl.data.shard_cache import ShardCache
+from mirl.data.sources import open_source
+from mirl.errors import UserError
+
+
+class Handler(SimpleHTTPRequestHandler):
+    """Serve files, or what `faults` says; keep what was asked for."""
+
+    asked: ClassVar[list[str]] = []
+    faults: ClassVar[list[str]] = []
+
+    def do_GET(self):
+        type(self).asked.append(self.path)
+        fault = type(self).faults.pop(0) if type(self).faults and self.path.endswith(".tar") else ""
+        if fault == "busy":
+            self.send_error(503)
+        elif fault:  # half a shard, or one of other bytes
+            content = Path(self.translate_path(self.path)).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2] if fault == "half" else bytes(len(content)))
+            self.close_connection = True
+        else:
+            super().do_GET()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Serve four shards; the cache is in tmp_path."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(shard_cache, "PAUSES", (0.01, 0.01))
+    mirl.shard("shapes:24:32", str(tmp_path / "s"), shard_mib=0.008, workers=0)
+    Handler.asked, Handler.faults = [], []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def tars():
+    return [path for path in Handler.asked if path.endswith(".tar")]
+
+
+def test_shards_of_a_server_are_those_of_the_disk(server, tmp_path):
+    local, remote = open_source(f"{tmp_path}/s"), open_source(f"{server}/s/")
+    assert len(remote) == 24 and not tars()  # the index is enough to begin
+    assert [remote.name_of(i).rpartition("/s/")[2] for i in range(24)] == [
+        local.name_of(i).rpartition("/s/")[2] for i in range(24)
+    ]
+    for index in (0, 1, 23, 0):
+        assert remote.read(index).equal(local.read(index))
+    assert len(tars()) == 2
+    again = open_source(f"{server}/s/{{000000..000099}}.tar".replace("000099", f"{len(local.ends) - 1:06d}"))
+    assert again.read(1).equal(local.read(1)) and len(tars()) == 2
+
+
+def test_a_fetch_is_tried_again_until_the_bytes_are_right(server, tmp_path):
+    source = open_source(f"{server}/s/")
+    Handler.faults = ["busy", "half"]
+    assert source.read(0).equal(open_source(f"{tmp_path}/s").read(0)) and len(tars()) == 3
+    Handler.faults = ["other"] * 3
+    last = len(source) - 1
+    for _ in range(5):
+        with pytest.raises(BadImage, match=r"cannot be fetched, tried 3 times: it has another checksum"):
+            source.read(last)
+    assert len(tars()) == 6  # its other images do not ask again for a while
+    os.utime(next((tmp_path / "cache").rglob("*.failed")), (1, 1))
+    assert source.read(last).shape == (3, 32, 32)
+
+
+def test_a_missing_shard_is_not_asked_for_again_and_again(server, tmp_path):
+    (tmp_path / "s" / "000000.tar").unlink()
+    source = open_source(f"{server}/s/")
+    for _ in range(3):
+        with pytest.raises(BadImage, match="is missing"):
+            source.read(0)
+    assert len(tars()) == 1
+
+
+def test_without_an_index_shards_are_fetched_once_to_be_indexed(server, tmp_path, capsys):
+    (tmp_path / "s" / "index.safetensors").unlink()
+    count = len(list((tmp_path / "s").glob("*.tar")))
+    data = f"{server}/s/{{000000..{count - 1:06d}}}.tar"
+    source = open_source(data)
+    assert f"{count} shards have no index.safetensors beside them: they are fetched once" in capsys.readouterr().out
+    assert len(source) == 24 and source.read(5).shape == (3, 32, 32) and len(tars()) == count
+    assert len(open_source(data)) == 24 and len(tars()) == count
+    with pytest.raises(UserError, match=r"has no index.safetensors; name its shards"):
+        open_source(f"{server}/s/")
+
+
+def test_a_new_index_at_the_same_address_is_seen(server, tmp_path):
+    before = len(open_source(f"{server}/s/"))
+    shutil.rmtree(tmp_path / "s")
+    mirl.shard("shapes:30:32", str(tmp_path / "s"), shard_mib=0.02, workers=0)
+    assert (before, len(open_source(f"{server}/s/"))) == (24, 30)
+    (tmp_path / "s" / "index.safetensors").write_bytes(b"x" * 99)
+    with pytest.raises(UserError, match=r"index.safetensors cannot be used .*; put it there again, or take it away"):
+        open_source(f"{server}/s/")
+
+
+def test_the_shards_used_longest_ago_make_room(server, tmp_path, monkeypatch):
+    size = (tmp_path / "s" / "000000.tar").stat().st_size
+    monkeypatch.setenv("MIRL_CACHE_GIB", f"{2.5 * size / 2**30:.12f}")
+    source = open_source(f"{server}/s/")
+    assert "they will be fetched again and again" in source.warnings[0]
+    firsts = [0, *source.ends[:-1].tolist()]
+    kept = tmp_path / "cache" / "mirl" / "shards"
+    for first in firsts[:4]:
+        source.read(first)
+    assert sum(path.stat().st_size for path in kept.glob("*.tar")) <= 2.5 * size
+    source.read(0)  # deleted, but still open
+    assert len(tars()) == 4
+    open_source(f"{server}/s/").read(firsts[3])
+    assert len(tars()) == 4
+    open_source(f"{server}/s/").read(0)
+    assert len(tars()) == 5
+    monkeypatch.setenv("MIRL_CACHE_GIB", "lots")
+    with pytest.raises(UserError, match="MIRL_CACHE_GIB=lots is not allowed"):
+        open_source(f"{server}/s/")
+
+
+def test_of_several_processes_one_fetches(server, tmp_path):
+    begin = multiprocessing.get_context("fork").Process
+    folder = tmp_path / "cache" / "x"
+    processes = [begin(target=ShardCache(folder).fetched, args=(f"{server}/s/000000.tar",)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert len(tars()) == 1 and len(list(folder.glob("*.tar"))) == 1
