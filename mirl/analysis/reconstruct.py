@@ -14,7 +14,9 @@ from torch import Tensor
 
 from mirl.analysis.reconstructor import Reconstructor
 from mirl.data.decode import BadImage, read_image
-from mirl.data.sources import LIST_SUFFIXES, ImageFiles, PackedStrings, Source, open_source
+from mirl.data.order import ends_of
+from mirl.data.packed import PackedStrings
+from mirl.data.sources import LIST_SUFFIXES, ImageFiles, Source, open_source
 from mirl.data.transforms import fixed_view
 from mirl.errors import UserError
 from mirl.methods import Term
@@ -171,7 +173,7 @@ def _held_out(run: str, channels: int) -> list[tuple[Source, int]]:
         raise UserError(f"{run} is no run folder with images of its own; give --images, files or folders")
     try:
         source = open_source(read_config(folder)["data"], channels=channels)
-        _, held_out = split_off_held_out(len(source))
+        _, held_out = split_off_held_out(len(source), ends_of(source))
     except UserError as error:
         reason = str(error).partition("; ")[0]  # the remedy there is another --data
         raise UserError(f"the images of {run} are not to be had: {reason}; give others by --images") from error

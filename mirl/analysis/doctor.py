@@ -1,0 +1,119 @@
+"""`mirl doctor`: what is in a folder of images, what is wrong with it, and what to train on it with."""
+
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from rich.progress import track
+
+from mirl.analysis.doctor_report import PICTURE, DataReport, Speed, printable
+from mirl.analysis.findings import findings
+from mirl.analysis.quarantine import check_outside, check_quarantine, move_broken
+from mirl.analysis.records import Records
+from mirl.analysis.sizes_picture import draw_sizes
+from mirl.analysis.suggestion import Kept, suggest, views_per_second
+from mirl.data.inspection import Inspection, inspect, lost
+from mirl.data.scanning import Lost, scan
+from mirl.data.sources import ImageFiles, open_source
+from mirl.errors import UserError
+from mirl.tasks.options import COUNT, NOT_NEGATIVE, POSITIVE, available_cores, default_folder
+from mirl.training.runs import console
+
+RANGES = {"sample": COUNT, "channels": COUNT, "gpus": NOT_NEGATIVE, "timeout": POSITIVE, "workers": COUNT}
+NO_SIZES = (0, 0), (0, 0)  # nothing is too small where nothing is suggested
+
+
+def doctor(
+    data: str,
+    out: str | None = None,
+    move_bad: str | None = None,
+    sample: int | None = None,
+    channels: int = 3,
+    gpus: int | None = None,
+    timeout: float = 120.0,
+    workers: int | None = None,
+) -> DataReport:
+    """Look at every image file of a folder: name what is broken or odd, and suggest how to pre-train on the rest.
+
+    Args:
+        data: a folder, a glob or a text file of paths, as for mirl pretrain
+        out: folder for doctor.json and sizes.png; by default runs/, the name of the data and _doctor
+        move_bad: move broken files to this folder, where they keep their paths; moved.txt there moves them back
+        sample: look at so many files, chosen at random; by default at all
+        channels: as for mirl pretrain
+        gpus: to suggest for; by default this machine's
+        timeout: seconds that a file may take
+        workers: processes that read; by default one for each core
+
+    Raises:
+        UserError: on a mistake in the options, if there are no image files, or if a folder cannot be written.
+    """
+    given = {"sample": sample, "channels": channels, "gpus": gpus, "timeout": timeout, "workers": workers}
+    _check_ranges(given)
+    folder = Path(out or default_folder(data, "data", "_doctor")).expanduser()
+    quarantine = Path(move_bad).expanduser() if move_bad else None
+    source = _open(data, channels, folder, quarantine)
+    began, processes = time.perf_counter(), workers or available_cores()
+    records = look_at(source, sample, timeout, processes)
+    pace = len(records) / (time.perf_counter() - began)
+    moved, problems = move_broken(records, quarantine) if quarantine else (np.empty(0, np.int64), [])
+    try:
+        suggestion, reason = suggest(Kept(records, moved), data, gpus), []
+    except UserError as error:
+        suggestion, reason = None, [f"no suggestion: {error}"]
+    sizes = (suggestion.settings.image_size, suggestion.settings.patch_size) if suggestion else NO_SIZES
+    views = views_per_second(records, suggestion.settings) if suggestion else None
+    report = DataReport(
+        data, folder, records, findings(records, *sizes), suggestion, moved, quarantine, Speed(processes, pace, views)
+    )
+    try:
+        report.write()
+        if report.pictured:
+            draw_sizes(records, sizes[0], data, folder / PICTURE)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
+    for line in (*report.lines(), *problems, *reason):
+        print(printable(line))
+    return report
+
+
+def _check_ranges(given: dict[str, float | None]) -> None:
+    for name, (allowed, words) in RANGES.items():
+        if given[name] is not None and not allowed(given[name]):
+            raise UserError(f"--{name} {given[name]} is not allowed; give {words}")
+
+
+def _open(data: str, channels: int, folder: Path, quarantine: Path | None) -> ImageFiles:
+    """Find the image files, and make sure that what will be written has a place that is not theirs."""
+    source = open_source(data, channels=channels)
+    if not isinstance(source, ImageFiles):
+        raise UserError(f"{data} is not a folder of image files; give a folder, a glob or a list file")
+    where = Path(data).expanduser()
+    check_outside(folder, where, "--out")
+    if quarantine:
+        check_quarantine(quarantine, where)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
+    return source
+
+
+def look_at(source: ImageFiles, sample: int | None, timeout: float, processes: int) -> Records:
+    """Inspect all files of a source, or a random sample of them, in several processes."""
+    members = np.arange(len(source))
+    if sample is not None and sample < len(source):
+        members = np.sort(np.random.default_rng(0).choice(len(source), sample, replace=False))
+    records = Records(source, members)
+    found = scan(partial(_inspect, source), members, processes=processes, timeout=timeout)
+    title = f"looking at {len(members):,} files"
+    for member, result in track(
+        found, title, total=len(members), console=console, transient=True, disable=not console.is_terminal
+    ):
+        records.put(member, lost(result) if isinstance(result, Lost) else result)
+    return records
+
+
+def _inspect(source: ImageFiles, member: int) -> Inspection:
+    return inspect(source.path_of(member), source.channels)
