@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from mirl.analysis.app import app
     from mirl.analysis.cost import info
     from mirl.analysis.degradation import DiagnoseOptions, diagnose
+    from mirl.analysis.doctor import doctor
+    from mirl.analysis.doctor_report import DataReport
     from mirl.analysis.planning import RunPlan, plan
     from mirl.analysis.reconstruct import reconstruct
     from mirl.analysis.reconstructor import Reconstructor
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from mirl.tasks.settings.planning import PlanOptions
     from mirl.tasks.settings.pretraining import Pretraining
     from mirl.tasks.settings.segmentation import Segmentation
+    from mirl.tasks.shard import shard
     from mirl.tasks.weights import load_autoencoder, load_encoder
 
 _HOMES = {
@@ -56,11 +59,14 @@ _HOMES = {
     "embed": "mirl.tasks.embed",
     "EmbedOptions": "mirl.tasks.embed",
     "convert": "mirl.tasks.convert",
+    "shard": "mirl.tasks.shard",
     "Conversion": "mirl.tasks.convert",
     "reconstruct": "mirl.analysis.reconstruct",
     "Reconstructor": "mirl.analysis.reconstructor",
     "diagnose": "mirl.analysis.degradation",
     "DiagnoseOptions": "mirl.analysis.degradation",
+    "doctor": "mirl.analysis.doctor",
+    "DataReport": "mirl.analysis.doctor_report",
     "report": "mirl.reports.page",
     "app": "mirl.analysis.app",
     "load_encoder": "mirl.tasks.weights",
@@ -72,11 +78,11 @@ _HOMES = {
     "study": "mirl.studies.study",
     "UserError": "mirl.errors",
 }
-__all__ = ["Conversion", "Detection", "DiagnoseOptions", "EmbedOptions", "EvaluateOptions", "Finetuning",
+__all__ = ["Conversion", "DataReport", "Detection", "DiagnoseOptions", "EmbedOptions", "EvaluateOptions", "Finetuning",
            "KNNOptions", "PlanOptions", "Pretraining", "ProbeOptions", "Reconstructor", "RunPlan", "Segmentation",
-           "UserError", "__version__", "app", "convert", "detect", "diagnose", "embed", "evaluate", "finetune",
-           "info", "knn", "load_autoencoder", "load_detector", "load_encoder", "load_segmenter", "plan", "pretrain",
-           "probe", "reconstruct", "report", "segment", "study"]  # fmt: skip
+           "UserError", "__version__", "app", "convert", "detect", "diagnose", "doctor", "embed", "evaluate",
+           "finetune", "info", "knn", "load_autoencoder", "load_detector", "load_encoder", "load_segmenter", "plan",
+           "pretrain", "probe", "reconstruct", "report", "segment", "shard", "study"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

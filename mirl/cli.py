@@ -19,11 +19,13 @@ COMMANDS = {
     "probe": ("mirl.tasks.probe:probe", "linear classifier on frozen features"),
     "knn": ("mirl.tasks.knn:knn", "nearest neighbours on frozen features"),
     "embed": ("mirl.tasks.embed:embed", "write features of a folder of images"),
+    "shard": ("mirl.tasks.shard:shard", "write images into tar shards, for slow disks and networks"),
     "reconstruct": ("mirl.analysis.reconstruct:reconstruct", "draw what the decoders make of masked images"),
     "diagnose": ("mirl.analysis.degradation:diagnose", "which blocks learned? measures, plots, a verdict in words"),
     "report": ("mirl.reports.page:report", "one page of everything about a run, or about several side by side"),
     "app": ("mirl.analysis.app:app", "mask images by hand in the browser and see each pair's prediction"),
     "convert": ("mirl.tasks.convert:convert", "take weights in and out: timm, Hugging Face, ONNX, official files"),
+    "doctor": ("mirl.analysis.doctor:doctor", "look at every image file: what is broken or odd, what to train with"),
     "info": ("mirl.analysis.cost:info", "print a model's parameters and cost"),
     "plan": ("mirl.analysis.planning:plan", "what a pre-training run will take: FLOPs, memory, hours, price"),
     "study": ("mirl.studies.study:study", "run a grid of small experiments that repeats a figure or table"),
@@ -43,7 +45,10 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return 0, 2 for a user's mistake, 128 + signal after an interruption that was saved."""
+    """Run a command; return its exit code.
+
+    0, 1 if a process of the run was lost, 2 for a user's mistake, 128 + signal after an interruption that was saved.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help", "help"):
         print(usage())
@@ -59,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _run(name, rest)
     except UserError as error:
         print(f"mirl {name}: error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt as interrupt:
         return 128 + getattr(interrupt, "signal_number", 2)
     return 0

@@ -8,8 +8,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 class UserError(ValueError):
     """A user's mistake: one line that says what was given, what is allowed and what to do.
 
-    The command line prints it and exits with code 2, without a traceback.
+    The command line prints it and exits with `exit_code`, without a traceback.
     """
+
+    exit_code = 2
 
 
 def in_words(hint: Any) -> str:

@@ -24,7 +24,7 @@ DOORS = {
     "lightning_fabric": "mirl.training.processes",
     "jsonargparse": "mirl.cli",
     "segmentation_models_pytorch": "mirl.heads.upernet",
-    "tensorboard": "mirl.training.monitors",
+    "tensorboard": "mirl.training.events",
 }
 MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path

@@ -106,8 +106,6 @@ def read_run(path: str | Path) -> Run:
             log=log.read_text(errors="replace") if log.is_file() else "",
             written=datetime.fromtimestamp(metrics.stat().st_mtime) if metrics.exists() else None,
         )
-    except UnicodeDecodeError as error:
-        raise UserError(f"{metrics} is not text; restore it, or move it away to see the rest") from error
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror}; give the folder of a run") from error
 

@@ -249,6 +249,6 @@ def _skipped(run: Run) -> Section:
 
 def _incidents(runs: Sequence[Run]) -> Section:
     table = tables.incidents(runs)
-    reading = "Stops, resumptions, skipped steps and shortages of memory, in their order."
-    missing = "None is recorded: no stop, no skipped step, no shortage of memory."
+    reading = "Stops, resumptions, skipped steps, loss spikes, rollbacks and shortages of memory, in their order."
+    missing = "None is recorded: no stop, no skipped step, no loss spike, no shortage of memory."
     return Section("incidents", "Incidents", reading, tables=(table,) if table else (), missing=missing)

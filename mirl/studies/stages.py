@@ -34,7 +34,7 @@ OPTIONS: dict[Command, type] = {
 }  # fmt: skip
 # What the study sets, or what would make a cell another experiment: not for its file.
 OWN = {"data", "weights", "model", "seed", "out", "decoder_depth", "depth", "reinit_last", "resume", "overwrite",
-       "resume_from", "devices", "num_nodes", "every_block", "reinit"}  # fmt: skip
+       "resume_from", "devices", "num_nodes", "strategy", "every_block", "reinit"}  # fmt: skip
 # Of every training: one process, no page, and saved often enough to lose little when it is killed.
 TRAINING = {"devices": 1, "report": False, "checkpoint_minutes": 2}
 # Options that say where and how fast a command runs, not what comes out of it.
@@ -85,10 +85,15 @@ def stages_of(study: Study, cell: Cell, data: str | None = None, runs: Path | No
         raise UserError(f"{study.path}: {cell.method} of depth {cell.depth}: {error}") from error
 
 
+def runs_folder(study: Study, runs: Path | None = None) -> Path:
+    """Return the folder of a study's run folders, by default runs/studies/ and its name."""
+    return runs or Path("runs/studies") / study.name
+
+
 def encoder_folder(study: Study, cell: Cell, runs: Path | None = None) -> Path:
     """Return the folder of a cell's encoder; cells share it that differ only in what fine-tuning replaces."""
     encoder = cell if study.truncates(cell.method) else dataclasses.replace(cell, replaced=0)
-    return (runs or Path("runs/studies") / study.name) / encoder.name
+    return runs_folder(study, runs) / encoder.name
 
 
 def fingerprint_of(stages: Sequence[Stage]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mirl.errors import UserError
 from mirl.studies.definition import find_study, read_study
+from mirl.training.locking import locked
 from mirl.training.runs import console
 
 
@@ -25,7 +26,7 @@ def study(
         table: run nothing; write table and figure of what is there
 
     Raises:
-        UserError: on a mistake in the study, its data or its results.
+        UserError: on a mistake in the study, its data or its results; if another process runs it in the same folder.
         KeyboardInterrupt: after SIGINT or SIGTERM, once the state is saved.
     """
     if minutes is not None and minutes <= 0:
@@ -36,10 +37,12 @@ def study(
     # They import every command and so PyTorch; a mistake in the file is said before.
     from mirl.studies.results import find_results
     from mirl.studies.running import publish, run_missing
+    from mirl.studies.stages import runs_folder
 
     found = find_results(declared)
     if not table:
-        found = run_missing(declared, found, data, runs, minutes, only_next=next)
+        with locked(runs_folder(declared, runs)):
+            found = run_missing(declared, found, data, runs, minutes, only_next=next)
     path = publish(found)
     console.print(f"\n{path.read_text()}\nsaved {path} and {path.with_suffix('.png').name}", markup=False)
     return path

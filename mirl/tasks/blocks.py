@@ -57,7 +57,7 @@ class BlockMonitor:
     """Effective rank, token similarity and, with labels, read-outs of every block.
 
     Args:
-        encoder: the one in training.
+        encoder: one like those that will be observed.
         held_out: views of images that it is not trained on.
         labelled: a split to fit read-outs on and one to test them on, or None.
         channels, precision: of the run.
@@ -68,7 +68,7 @@ class BlockMonitor:
         self, encoder: VisionTransformer, held_out: Views, labelled: tuple[LabelledSource, LabelledSource] | None,
         *, channels: int, precision: str, between: int,
     ) -> None:  # fmt: skip
-        self.encoder, self.channels, self.precision = encoder, channels, precision
+        self.channels, self.precision = channels, precision
         view = partial(fixed_view, size=encoder.patch_embed.img_size)
         seen = spread(held_out.members, min(IMAGES, max(60, between // 20)))
         self.images = Views(held_out.source, seen, view)
@@ -81,9 +81,9 @@ class BlockMonitor:
         self.classes = len(labelled[0].classes) if labelled else 0
         self._pending: list[tuple[ThreadPoolExecutor, Future[None]]] = []
 
-    def observe(self, run: RunFolder, monitor: Monitor, step: int, epoch: float) -> None:
+    def observe(self, encoder: VisionTransformer, run: RunFolder, monitor: Monitor, step: int, epoch: float) -> None:
         """Compute tokens now, and what follows from them beside the training; it is recorded when it is there."""
-        looks = [self._look(images) for images in (self.images, *self.labelled)]
+        looks = [self._look(encoder, images) for images in (self.images, *self.labelled)]
         # One thread for this alone, with one core: OpenMP slows the training down while another thread owns a team.
         thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
         self._pending.append((thread, thread.submit(self._finish, run, monitor, step, epoch, *looks)))
@@ -107,14 +107,15 @@ class BlockMonitor:
         run.record({"kind": "blocks", "step": step, "epoch": epoch, **found})
         for name, values in found.items():
             monitor.scalars(f"blocks_{name}", {f"{i:02}": value for i, value in enumerate(values, start=1)}, step)
-        draw_blocks([row for row in run.rows() if row["kind"] == "blocks"], run.pictures / "blocks.png")
+        with run.optional("pictures/"):
+            draw_blocks([row for row in run.rows() if row["kind"] == "blocks"], run.pictures / "blocks.png")
 
     @torch.no_grad()
-    def _look(self, data: Views) -> Look:
+    def _look(self, encoder: VisionTransformer, data: Views) -> Look:
         """Pass images through every block; tokens are normalised as the next block sees them, to compare blocks."""
-        device = next(self.encoder.parameters()).device
+        device = next(encoder.parameters()).device
         reduced = {"bf16": torch.bfloat16, "16": torch.float16}.get(self.precision)
-        patches = self.encoder.patch_embed.num_patches
+        patches = encoder.patch_embed.num_patches
         per_image = min(patches, -(-ROWS // len(data)))
         places = torch.linspace(0, patches - 1, per_image).long().to(device)
         rows, similarities, means, labels = [], [], [], []
@@ -124,7 +125,7 @@ class BlockMonitor:
                 continue
             labels.append(batch.labels if isinstance(batch, LabelledBatch) else torch.empty(0))
             with torch.autocast(device.type, reduced) if reduced else nullcontext():
-                blocks = self.encoder.forward_intermediates(
+                blocks = encoder.forward_intermediates(
                     normalise(batch.images.to(device), self.channels), intermediates_only=True, output_fmt="NLC"
                 )
             tokens = [F.layer_norm(block.float(), block.shape[-1:]) for block in blocks]

@@ -11,7 +11,7 @@ from mirl.models.weights import AutoencoderWeights, Weights
 # Options of the machine and the folder, which say nothing of the weights.
 NOT_OF_THE_RECIPE = (
     *("out", "micro_batch", "devices", "num_nodes", "workers", "checkpoint_minutes", "checkpoint_steps", "max_bad"),
-    *("evaluate_epochs", "block_figures", "labelled", "report"),
+    *("strategy", "evaluate_epochs", "block_figures", "labelled", "report"),
 )
 OPEN = {
     "timm": """

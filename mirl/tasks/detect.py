@@ -12,7 +12,7 @@ from mirl.errors import UserError
 from mirl.tasks.detection import DetectTask
 from mirl.tasks.detections import predict_folder
 from mirl.tasks.detector import load_detector, write_backbone
-from mirl.tasks.options import check_only, resumed
+from mirl.tasks.options import after_restart, check_only, resumed
 from mirl.tasks.pretrain import typical_side
 from mirl.tasks.run import carry_out
 from mirl.tasks.settings.detection import Detection, resolve_detection
@@ -73,6 +73,7 @@ def detect(
 
 def train_detector(settings: Detection) -> Path:
     """Train a detector and return the run folder; see `detect`."""
+    settings = after_restart(settings)
     if settings.resume:
         settings = resumed(settings, read_config(settings.run_folder))
     if not settings.weights:
@@ -87,7 +88,7 @@ def train_detector(settings: Detection) -> Path:
         train, val = open_instances(
             settings.data, channels=weights.channels, val_fraction=settings.val_fraction, seed=settings.seed
         )
-    fabric = processes.launch(settings.devices, settings.num_nodes, precision)
+    fabric = processes.launch(settings.devices, settings.num_nodes, precision, settings.strategy)
     with processes.as_one(fabric):
         resolved = resolve_detection(
             settings, images=len(train), shorter_side=typical_side(train.source),

@@ -56,10 +56,18 @@ def begin(run: RunFolder, origin: str) -> None:
     """
     if not run.writes:
         return
+    try:
+        _take_over(run, origin)
+    except BaseException:
+        run.close()
+        raise
+
+
+def _take_over(run: RunFolder, origin: str) -> None:
     old = RunFolder(Path(origin).expanduser(), resume=True, overwrite=False, writes=False)
     kept = old.checkpoints / checkpoints.UNDECAYED
     step = checkpoints.step_of(kept)
-    run.forget_after(0)  # rows of a start that was killed in here
+    run.forget_after(-1)  # rows of a start that was killed in here
     for row in old.rows():
         if row["step"] <= step and row["kind"] in KEPT:
             run.record(row)

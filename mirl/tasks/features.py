@@ -18,8 +18,9 @@ from rich.progress import track
 from torch import Tensor
 
 from mirl.data.labels import LabelledSource
-from mirl.data.loading import Batch, LabelledImages, Views, load
+from mirl.data.loading import Batch, LabelledImages, Views
 from mirl.data.transforms import fixed_view, standardise
+from mirl.data.workers import Batches
 from mirl.errors import UserError
 from mirl.models.encoder import check_sizes
 from mirl.models.patches import pair
@@ -182,7 +183,7 @@ def batches(dataset: Views, size: int, workers: int | None, title: str) -> Itera
     if workers is None:
         workers = default_workers(available_cores(), torch.cuda.is_available())
     keys = [[(0, i) for i in range(k, min(k + size, len(dataset)))] for k in range(0, len(dataset), size)]
-    loader = load(dataset, keys, workers=workers, pin=torch.cuda.is_available())
+    loader = Batches(dataset, keys, workers=workers, pin=torch.cuda.is_available())
     yield from track(loader, title, total=len(keys), console=console, transient=True, disable=not console.is_terminal)
 
 

@@ -20,7 +20,7 @@ from mirl.errors import UserError
 from mirl.models.encoder import check_sizes
 from mirl.tasks.accuracy import Accuracy, accuracy, predict, write_json
 from mirl.tasks.export import export_classifier, how_to_classify
-from mirl.tasks.options import ResolvedRun, resumed
+from mirl.tasks.options import ResolvedRun, after_restart, resumed
 from mirl.tasks.run import RunnableTask, carry_out
 from mirl.tasks.settings.finetuning import Finetuning, ResolvedFinetuning, resolve_finetuning
 from mirl.tasks.weights import Weights, open_weights
@@ -46,7 +46,7 @@ def finetune(**options: Any) -> Path:
         UserError: on a mistake in the options, the weights, the data or the run folder.
         KeyboardInterrupt: after SIGINT or SIGTERM, once the state is saved.
     """
-    settings = Finetuning(**options)
+    settings = after_restart(Finetuning(**options))
     if settings.resume:
         settings = resumed(settings, read_config(settings.run_folder))
     if not settings.weights:
@@ -56,7 +56,7 @@ def finetune(**options: Any) -> Path:
     train, val = open_split(
         settings.data, channels=weights.channels, val_fraction=settings.val_fraction, seed=settings.seed
     )
-    fabric = processes.launch(settings.devices, settings.num_nodes, precision)
+    fabric = processes.launch(settings.devices, settings.num_nodes, precision, settings.strategy)
     with processes.as_one(fabric):
         settings = resolve_finetuning(
             settings, images=len(train), depth=weights.full_depth or weights.depth, image_size=weights.image_size,

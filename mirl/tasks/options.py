@@ -14,9 +14,9 @@ from mirl.training.runs import command_of
 Precision = Literal["32", "bf16", "16"]
 
 # Options of one start, not of the run; the others that may change when a run is resumed.
-OF_THIS_START = {"resume", "overwrite", "download", "devices", "num_nodes", "workers"}
-FREE = {"out", "checkpoint_minutes", "checkpoint_steps", "max_bad", "micro_batch", "clip_grad", "evaluate_epochs",
-        "precision", "block_figures", "labelled", "report", "compile", "checkpointing"}  # fmt: skip
+OF_THIS_START = {"resume", "overwrite", "download", "devices", "num_nodes", "strategy", "workers"}
+FREE = {"out", "checkpoint_minutes", "checkpoint_steps", "rollback", "max_bad", "micro_batch", "clip_grad",
+        "evaluate_epochs", "precision", "block_figures", "labelled", "report", "compile", "checkpointing"}  # fmt: skip
 NOT_SAVED = {"resume", "overwrite", "download"}
 
 Ranges = dict[str, tuple[Callable[[Any], bool], str]]
@@ -79,6 +79,8 @@ class RunOptions(Options):
     """GPUs (or CPU processes) on this machine"""
     num_nodes: int = 1
     """machines"""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """for several devices: ddp (auto) gives each the whole model; with fsdp they share weights, gradients, moments"""
     workers: int | None = None
     """data workers per device; by default one per core of a GPU, at most 16; on a CPU few or none"""
     resume: bool = False
@@ -89,12 +91,25 @@ class RunOptions(Options):
     """longest time between checkpoints"""
     checkpoint_steps: int | None = None
     """most steps between checkpoints; by default only the time counts"""
+    rollback: bool = False
+    """when the loss stays high or is not finite, go back to the last checkpoint from before and leave those batches
+    out, at most 3 times in 1,000 steps; otherwise the run goes on or stops with advice"""
     evaluate_epochs: int | None = None
     """epochs between evaluations with pictures; by default 20 times in a run"""
-    max_bad: float = 0.1
-    """share of unusable files above which the run stops"""
+    max_bad: float | str = 0.1
+    """share of unusable files above which the run stops, such as 0.01 or 1%"""
     report: bool = True
     """write report.html at the end, however the run ends"""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.max_bad, str):
+            object.__setattr__(self, "max_bad", share_of(self.max_bad, "max_bad"))
+        super().__post_init__()
+
+    @property
+    def run_folder(self) -> Path:
+        """The run folder, given or by default."""
+        raise NotImplementedError
 
     def ranges(self) -> Ranges:
         """Return what is allowed for numbers of every run."""
@@ -116,6 +131,7 @@ class ResolvedRun(RunOptions):
     precision: Literal["32", "bf16", "16"] = "32"
     workers: int = 0
     evaluate_epochs: int = 1
+    max_bad: float = 0.1
     epochs: int = 1
 
     @property
@@ -123,9 +139,20 @@ class ResolvedRun(RunOptions):
         return Path(self.out)
 
 
+def share_of(text: str, name: str) -> float:
+    """Return the share that 0.01 or 1% is, or raise UserError about the option `name`."""
+    number, percent, rest = text.strip().partition("%")
+    try:
+        if rest:
+            raise ValueError
+        return float(number) / 100 if percent else float(number)
+    except ValueError:
+        raise UserError(f"--{name} {text} is not allowed; give a share such as 0.01 or 1%") from None
+
+
 def default_folder(data: str, otherwise: str, ending: str = "") -> Path:
     """Return runs/ and the name of the data, `otherwise` where it has none, with an `ending`."""
-    name = Path(data).stem if "*" not in data else otherwise
+    name = otherwise if set("*{") & set(data) else Path(data).stem
     return Path("runs") / f"{name.replace(':', '-') or otherwise}{ending}"
 
 
@@ -172,6 +199,18 @@ def resumed(given: Run, saved: dict[str, Any]) -> Run:
     return type(given)(**changes)
 
 
+def restarts() -> int:
+    """Return how often torchrun or Slurm has started this process again."""
+    counts = (os.environ.get(name, "") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return max(int(count) if count.isdigit() else 0 for count in counts)
+
+
+def after_restart(given: Run) -> Run:
+    """Let processes that were started again after a failure go on with what they have begun, as --resume does."""
+    begun = restarts() and (given.run_folder / "config.yaml").exists()
+    return dataclasses.replace(given, resume=True, overwrite=False) if begun else given
+
+
 def resolve_run(
     given: RunOptions, *, images: int, most: int, epochs: int, gpu: bool, devices: int, precision: Precision,
     on_cpu: int = 64,
@@ -189,7 +228,8 @@ def resolve_run(
         raise UserError(f"--batch_size {batch} is more than the {images} training images; give at most {images}")
     if batch % devices:
         raise UserError(f"--batch_size {batch} cannot be shared by {devices} devices; give a multiple of {devices}")
-    cores = available_cores() * given.num_nodes // devices
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", devices // given.num_nodes))  # which torchrun says
+    cores = available_cores() // max(1, here)
     return {
         "epochs": epochs,
         "batch_size": batch,

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from mirl.data.decode import BadImage
 from mirl.data.labels import LabelledSource, is_one_folder, open_split
 from mirl.data.loading import MaskedBatch, MaskedImages, spread
+from mirl.data.order import apart, ends_of, looked_at
 from mirl.data.sources import Source, open_source
 from mirl.data.transforms import fixed_view, normalise, training_view
 from mirl.errors import UserError
 from mirl.methods import Part
 from mirl.models.autoencoder import Autoencoder
+from mirl.models.decoder import Decoder
 from mirl.models.encoder import check_sizes, parse_model
 from mirl.models.masking import split, visible_count
 from mirl.models.patches import gather, grid_size, patchify
@@ -30,7 +32,7 @@ from mirl.tasks.blocks import BlockMonitor
 from mirl.tasks.export import export, how_to_use
 from mirl.tasks.extension import begin, extended
 from mirl.tasks.objectives import Seen, extra_objectives, feature_values, open_teacher
-from mirl.tasks.options import ResolvedRun, built_in, resumed
+from mirl.tasks.options import ResolvedRun, after_restart, built_in, resumed
 from mirl.tasks.run import RunnableTask, carry_out
 from mirl.tasks.settings.pretraining import Pretraining, Resolved, autoencoder_of, idle_options, resolve
 from mirl.tasks.warm_start import open_start, start_from
@@ -61,7 +63,7 @@ def pretrain(**options: Any) -> Path:
         UserError: on a mistake in the options, the data or the run folder.
         KeyboardInterrupt: after SIGINT or SIGTERM, once the state is saved.
     """
-    settings = Pretraining(**options)
+    settings = after_restart(Pretraining(**options))
     if settings.resume:
         settings = resumed(settings, read_config(settings.run_folder))
     elif settings.resume_from:
@@ -71,8 +73,8 @@ def pretrain(**options: Any) -> Path:
     if start and not settings.model:
         settings = replace(settings, model=start.name if isinstance(start, Weights) else start.settings["model"])
     source = open_source(settings.data, channels=settings.channels, download=settings.download)
-    training, held_out = split_off_held_out(len(source))
-    fabric = processes.launch(settings.devices, settings.num_nodes, precision)
+    training, held_out = split_off_held_out(len(source), ends_of(source))
+    fabric = processes.launch(settings.devices, settings.num_nodes, precision, settings.strategy)
     with processes.as_one(fabric):
         settings = resolve(
             settings, images=len(training), shorter_side=typical_side(source), gpu=fabric.device.type == "cuda",
@@ -219,6 +221,11 @@ class PretrainTask(RunnableTask[MaskedBatch]):
     def encoder(self) -> VisionTransformer:
         return self.model.encoder
 
+    @property
+    def parts(self) -> list[nn.Module]:
+        decoders = cast(list[Decoder], list(self.model.decoders))
+        return [*self.model.encoder.blocks, *(decoder.embed for decoder in decoders), *decoders]
+
     def names(self, batch: MaskedBatch) -> list[str]:
         return [self.source.name_of(int(index)) for index in batch.indices]
 
@@ -232,7 +239,7 @@ class PretrainTask(RunnableTask[MaskedBatch]):
     def draw(self, run: RunFolder, monitor: Monitor, step: int, epoch: float) -> None:
         """Write the pictures of this moment: six of the held-out images, with fixed masks; what each block learns."""
         if self.blocks:
-            self.blocks.observe(run, monitor, step, epoch)
+            self.blocks.observe(self.model.encoder, run, monitor, step, epoch)
         device = self.model.positions.device
         batch = cast(MaskedBatch, spread(self.held_out, PICTURED)).to(device)
         patches = patchify(normalise(batch.images, self.settings.channels), self.patch_size)
@@ -258,10 +265,9 @@ class PretrainTask(RunnableTask[MaskedBatch]):
         s, method, model = self.settings, self.method, self.model
         encoder = sum(p.numel() for p in model.encoder.parameters()) / 1e6
         decoders = sum(p.numel() for p in model.parameters()) / 1e6 - encoder
-        # Only folders have other files and folders in them.
-        ignored, unreadable = getattr(self.source, "ignored", 0), len(getattr(self.source, "unreadable", ()))
+        ignored = getattr(self.source, "ignored", 0)  # only folders have other files in them
         others = f", {ignored} other files ignored" if ignored else ""
-        others += f", {unreadable} folders cannot be read" if unreadable else ""
+        others += ", known from an earlier start" if getattr(self.source, "remembered", False) else ""
         segments = f", {len(method.taps)} segments, decoders after blocks {', '.join(map(str, method.taps))}"
         segments = segments if len(method.taps) > 1 else ""
         depth = parse_model(s.model)[2]
@@ -281,7 +287,7 @@ class PretrainTask(RunnableTask[MaskedBatch]):
             *(f"weights   {line}" for line in self.started),
             *([f"parts     coarse and fine, {s.separation}, {s.separation_sigma:g} px"] if method.separates else []),
             *(f"objective {extra.about} · on {s.extra_share:.0%} of each batch" for extra in self.extras),
-            *(f"warning: {line}" for line in idle_options(s, method)),
+            *(f"warning: {line}" for line in (*idle_options(s, method), *getattr(self.source, "warnings", ()))),
         ]
 
     def finish(self, run: RunFolder, settings: ResolvedRun) -> None:
@@ -298,19 +304,24 @@ def open_read_out(settings: Resolved) -> tuple[LabelledSource, LabelledSource] |
     return open_split(data, channels=settings.channels, val_fraction=READ_OUT_SHARE if is_one_folder(data) else None)
 
 
-def split_off_held_out(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return indices of training and held-out images: a fixed 2 %, at most 2,000 and at least 1, are held out."""
+def split_off_held_out(count: int, ends: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Return indices of training and held-out images: a fixed 2 %, at most 2,000 and at least 1, are held out.
+
+    Args:
+        ends: number of images up to the end of each shard; of many shards, a few have all that are held out.
+    """
     if count < 2:
         raise UserError(f"{count} image is too few: one is held out for evaluation; give at least 2")
-    order = np.random.default_rng(0).permutation(count)
     held_out = min(HELD_OUT_MOST, max(1, round(HELD_OUT_SHARE * count)))
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
+    order = np.random.default_rng(0).permutation(count if ends is None else apart(ends, held_out))
+    chosen = np.sort(order[:held_out])
+    return np.delete(np.arange(count), chosen), chosen
 
 
 def typical_side(source: Source) -> float:
     """Return the median shorter side, in pixels, of a sample of the images."""
     sides, bad = [], None
-    for index in np.unique(np.linspace(0, len(source) - 1, SAMPLED).astype(int)):
+    for index in looked_at(source, SAMPLED):
         try:
             sides.append(min(source.read(int(index)).shape[-2:]))
         except BadImage as error:

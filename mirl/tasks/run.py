@@ -1,19 +1,24 @@
 """How every command that trains runs: measure, say what was chosen, train, leave what was promised."""
 
-import errno
 import math
 from abc import abstractmethod
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
+from safetensors import SafetensorError
 
-from mirl.data.loading import B, StepSampler, Views, load
+from mirl.data.loading import B, StepSampler, Views
+from mirl.data.order import ShardOrder
+from mirl.data.workers import Batches
 from mirl.errors import UserError
 from mirl.reports.page import write_report
-from mirl.tasks.options import ResolvedRun
+from mirl.tasks.options import ResolvedRun, restarts
 from mirl.training import loop
-from mirl.training.checkpoints import saved_steps
-from mirl.training.processes import Fabric
+from mirl.training.checkpoints import last_good, saved_steps
+from mirl.training.files import fault_of_disk
+from mirl.training.processes import Fabric, together
 from mirl.training.runs import RunFolder, duration
 from mirl.training.saving import Progress, restore
 from mirl.training.schedules import undecayed_steps
@@ -66,7 +71,7 @@ def carry_out(fabric: Fabric, settings: ResolvedRun, task: RunnableTask[B], run:
     """Run `task` from its first or its last saved step to the end, and close the run folder.
 
     Raises:
-        UserError: what the loop raises, and a disk that is full.
+        UserError: what the loop raises, and a disk that is full or fails.
         KeyboardInterrupt: after SIGINT or SIGTERM, once the state is saved.
     """
     started = False
@@ -78,18 +83,23 @@ def carry_out(fabric: Fabric, settings: ResolvedRun, task: RunnableTask[B], run:
         started = True
         for line in [*task.summary(), *_machine(fabric, settings, seconds)]:
             run.say(line)
-        _train(fabric, settings, task, run)
-        if fabric.is_global_zero:
-            task.finish(run, settings)
+        with together(fabric.global_rank, fabric.world_size):
+            _train(fabric, settings, task, run)
+        with task.whole():
+            if fabric.is_global_zero:
+                task.finish(run, settings)
     except UserError as error:
         if started and fabric.is_global_zero:
-            run.incident(run.last_step(), "failed", str(error), quiet=True)
+            with suppress(OSError):  # that the disk is full may be what is to be said
+                run.incident(run.last_step(), "failed", str(error), quiet=True)
         raise
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except (OSError, SafetensorError) as error:
+        reason = fault_of_disk(error)
+        if not reason:
             raise
         raise UserError(
-            f"cannot write to {run.path}: {error.strerror}; the last checkpoint is kept; free space, then add --resume"
+            f"cannot write to {run.path}: {reason}; {last_good(run.checkpoints)}; free space or permit writing, then "
+            "add --resume"
         ) from error
     finally:
         try:
@@ -112,10 +122,11 @@ def _machine(fabric: Fabric, settings: ResolvedRun, seconds: float) -> list[str]
     device = fabric.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     count = f"{fabric.world_size} x " if fabric.world_size > 1 else ""
+    shared = ", which share the model" if settings.strategy == "fsdp" else ""
     seconds /= fabric.world_size
     advice = f"advice: {duration(seconds)} is long; for a first look add --epochs {max(1, settings.epochs // 50)}"
     return [
-        f"machine   {count}{name} · precision {settings.precision} · micro-batch {settings.micro_batch} "
+        f"machine   {count}{name}{shared} · precision {settings.precision} · micro-batch {settings.micro_batch} "
         f"· {settings.workers} data workers",
         f"run       {settings.out} · about {duration(seconds)} if data keep up",
         *([advice] if seconds > LONG else []),
@@ -125,10 +136,11 @@ def _machine(fabric: Fabric, settings: ResolvedRun, seconds: float) -> list[str]
 def _train(fabric: Fabric, settings: ResolvedRun, task: RunnableTask[B], run: RunFolder) -> None:
     steps_per_epoch = len(task.training) // settings.batch_size
     steps = steps_per_epoch * settings.epochs
+    task.shard(fabric)
     optimizer = task.optimizer()
     begun = settings.resume or saved_steps(run.checkpoints)  # by an earlier start, or by the run that this one extends
     progress = restore(fabric, run, task, optimizer, task.samples) if begun else Progress()
-    run.forget_after(progress.step)
+    run.forget_after(progress.step or -1)  # a run that starts again evaluates again before its first step
     if not progress.step:
         run.record({"kind": "data", "step": 0, "samples": task.samples})
     if progress.step >= steps:
@@ -136,7 +148,8 @@ def _train(fabric: Fabric, settings: ResolvedRun, task: RunnableTask[B], run: Ru
         run.say(f"the run is complete ({steps} steps){longer}")
         return
     if progress.step:
-        run.incident(progress.step, "resumed", f"resumed at step {progress.step} of {steps}")
+        restart = f"restart {count}: " if (count := restarts()) else ""
+        run.incident(progress.step, "resumed", f"{restart}resumed at step {progress.step} of {steps}")
     plan = loop.Plan(
         steps=steps,
         steps_per_epoch=steps_per_epoch,
@@ -151,15 +164,23 @@ def _train(fabric: Fabric, settings: ResolvedRun, task: RunnableTask[B], run: Ru
         samples=task.samples,
         max_bad=settings.max_bad,
         seed=settings.seed,
+        rollback=settings.rollback,
     )
-    sampler = StepSampler(
-        len(task.training), settings.batch_size, settings.micro_batch, seed=settings.seed, start=progress.step,
-        stop=steps, rank=fabric.global_rank, world_size=fabric.world_size,
-    )  # fmt: skip
     pin = fabric.device.type == "cuda"
-    batches = load(task.training, sampler, workers=settings.workers, pin=pin)
-    mine = list(range(len(task.held_out)))[fabric.global_rank :: fabric.world_size] or [0]
+
+    def told(line: str) -> None:
+        run.incident(progress.step, "worker killed", line)
+
+    def training(progress: Progress) -> Iterable[B]:
+        sampler = StepSampler(
+            len(task.training), settings.batch_size, settings.micro_batch, seed=settings.seed, start=progress.step,
+            stop=steps, rank=fabric.global_rank, world_size=fabric.world_size, jumps=progress.jumps,
+            shards=ShardOrder.of(task.training.source, task.training.members),
+        )  # fmt: skip
+        return Batches(task.training, sampler, workers=settings.workers, pin=pin, told=told)
+
+    mine = list(range(len(task.held_out)))[fabric.global_rank :: fabric.world_size]
     size = task.held_out_batch or settings.micro_batch
     keys = [[(0, i) for i in mine[k : k + size]] for k in range(0, len(mine), size)]
-    held_out = load(task.held_out, keys, workers=settings.workers, pin=pin)
-    loop.fit(fabric, task, optimizer, run, plan, progress, batches, held_out)
+    held_out = Batches(task.held_out, keys, workers=settings.workers, pin=pin, told=told)
+    loop.fit(fabric, task, optimizer, run, plan, progress, training, held_out)

@@ -10,7 +10,7 @@ from mirl.data.sources import open_source
 from mirl.data.splits import few
 from mirl.errors import UserError
 from mirl.tasks.label_maps import predict_folder
-from mirl.tasks.options import check_only, resumed
+from mirl.tasks.options import after_restart, check_only, resumed
 from mirl.tasks.pretrain import typical_side
 from mirl.tasks.run import carry_out
 from mirl.tasks.segmentation import SegmentTask
@@ -56,6 +56,7 @@ def segment(run: str | None = None, *, predict: str | None = None, **options: An
 
 def train_segmenter(settings: Segmentation) -> Path:
     """Train a segmenter and return the run folder; see `segment`."""
+    settings = after_restart(settings)
     if settings.resume:
         settings = resumed(settings, read_config(settings.run_folder))
     if not settings.weights:
@@ -70,7 +71,7 @@ def train_segmenter(settings: Segmentation) -> Path:
         train, val = open_semantic(
             settings.data, channels=weights.channels, val_fraction=settings.val_fraction, seed=settings.seed
         )
-    fabric = processes.launch(settings.devices, settings.num_nodes, precision)
+    fabric = processes.launch(settings.devices, settings.num_nodes, precision, settings.strategy)
     with processes.as_one(fabric):
         resolved = resolve_segmentation(
             settings, images=len(train), shorter_side=typical_side(train.source),

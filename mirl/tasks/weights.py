@@ -210,6 +210,8 @@ def _from_folder(folder: Path) -> Weights | AutoencoderWeights:
             return _from_hugging_face(folder, config, state)
         cfg = config["pretrained_cfg"]
         arguments = {"num_classes": config.get("num_classes", 0)} | config.get("model_args", {})
+        if arguments.get("depth", 0) > (depth := depth_of(state)):  # which would be built, for minutes
+            raise ValueError(f"it says {arguments['depth']} blocks and has {depth}")
         model = _plain_vit(config["architecture"], **arguments)
         arguments = _form(model) | arguments
         for name, expected in model.state_dict().items():
@@ -221,7 +223,7 @@ def _from_folder(folder: Path) -> Weights | AutoencoderWeights:
         )  # fmt: skip
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be read as an encoder ({_first_line(error)}); give {ALLOWED}") from error
 
 
@@ -386,8 +388,10 @@ def _bare(tensors: MutableMapping[str, Tensor], heads: Heads, known: Mapping[int
     """Return an encoder or classifier whose tensors have timm's names, without word of what model it is."""
     arguments = encoder_arguments(tensors, heads, known)
     state = split(tensors, {name: (name,) for name in tensors}, transposed=transposed)
-    with torch.device("meta"):
-        own = timm.create_model(ARCHITECTURE, pretrained=False, **arguments).state_dict()
+    try:
+        own = _plain_vit(ARCHITECTURE, **arguments).state_dict()
+    except ValueError as error:
+        raise UserError(f"{_first_line(error)}; give {ALLOWED}") from error
     classes = tuple(str(i) for i in range(arguments["num_classes"]))
     return Weights(ARCHITECTURE, arguments, fit(state, own), *channel_statistics(arguments["in_chans"]), classes)
 
@@ -442,8 +446,11 @@ def _form(model: VisionTransformer) -> dict[str, Any]:
 
 def _plain_vit(architecture: str, **arguments: Any) -> VisionTransformer:
     """Return a model of timm without memory for its weights; raise ValueError if it is no plain ViT."""
-    with torch.device("meta"):
-        model = timm.create_model(architecture, pretrained=False, **arguments)
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(architecture, pretrained=False, **arguments)
+    except Exception as error:  # arguments from a file that is damaged make timm raise nearly anything
+        raise ValueError(f"timm cannot build {architecture} as it says: {_first_line(error)}") from error
     if not (isinstance(model, VisionTransformer) and isinstance(model.patch_embed, PatchEmbed)):
         raise ValueError(f"{architecture} is a {type(model).__name__}, not a plain ViT")
     return model

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mirl.data.loading import B
-from mirl.training.processes import Fabric, over_processes
+from mirl.training.processes import Fabric, from_all, over_processes
 
 
 class Evaluation(ABC, Generic[B]):
@@ -45,5 +45,10 @@ class Means(Evaluation[B]):
 
     def values(self) -> dict[str, float]:
         """Return the means."""
-        totals = over_processes(self.fabric, torch.stack([*self.sums.values(), self.count]), "sum")
-        return dict(zip(self.sums, (totals[:-1] / totals[-1]).tolist(), strict=True))
+        names: list[str] = next(
+            filter(None, from_all(self.fabric, list(self.sums))), []
+        )  # a process may have had no image
+        nothing = torch.zeros_like(self.count)
+        sums = torch.stack([*(self.sums.get(name, nothing) for name in names), self.count])
+        totals = over_processes(self.fabric, sums, "sum")
+        return dict(zip(names, (totals[:-1] / totals[-1]).tolist(), strict=True))

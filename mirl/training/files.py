@@ -1,9 +1,23 @@
 """Files that are whole or not there; apart from checkpoints, whose PyTorch those who only read or draw do without."""
 
 import contextlib
+import errno
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+
+FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE)
+
+
+def fault_of_disk(error: Exception) -> str | None:
+    """Return what a disk that is full, fails or must not be written says, and None for any other error.
+
+    The libraries in Rust say it in words that end in (os error NUMBER).
+    """
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+    return os.strerror(number) if number in FAULTS else None
 
 
 @contextlib.contextmanager
@@ -18,7 +32,11 @@ def atomic(path: Path) -> Iterator[Path]:
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # network file systems that cannot sync a folder
+                raise
         finally:
             os.close(folder)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a disk that has come to be read-only
+            temporary.unlink(missing_ok=True)

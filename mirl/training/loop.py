@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
+from typing import cast
 
 import torch
 
@@ -15,17 +17,18 @@ from mirl.data.loading import B
 from mirl.errors import UserError
 from mirl.models.products import fast_products
 from mirl.training import checkpoints
+from mirl.training.divergence import SPIKE, Trouble, Watch, is_finite
 from mirl.training.monitors import Monitor
 from mirl.training.pictures import draw_curves, draw_gradients
 from mirl.training.processes import Fabric, Interrupted, as_one, from_all, stop_signals
+from mirl.training.rollback import ADVICE, roll_back
 from mirl.training.runs import RunFolder
 from mirl.training.saving import Progress, save
-from mirl.training.steps import Accumulator, Task
+from mirl.training.steps import NAMED, Accumulator, Step, Task
 
-MAX_SKIPPED = 5  # non-finite steps in a row before the run stops
 GRADIENTS_EVERY = 10  # steps; the first one's too
+ALL_COUNTED = 20  # unusable files, of which each is counted on the console; then each doubling
 STEPS = 2  # the stream of a step's random numbers; the data have others
-MAX_SKIPPED_FP16 = 25  # the loss scale starts at 2^16 and halves at each overflow
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Plan:
         undecayed: the step at which the rate is about to decay, whose checkpoint is kept; None if none is.
         seed: of what is random inside a step.
         samples, max_bad: size of the data set, and the share of unusable files that stops the run.
+        rollback: go back to before trouble instead of stopping or going on with it.
     """
 
     steps: int
@@ -56,23 +60,28 @@ class Plan:
     max_bad: float
     seed: int = 0
     undecayed: int | None = None
+    rollback: bool = False
 
 
 def fit(
     fabric: Fabric, task: Task[B], optimizer: torch.optim.Optimizer, run: RunFolder, plan: Plan, progress: Progress,
-    training: Iterable[B], held_out: Iterable[B],
+    training: Callable[[Progress], Iterable[B]], held_out: Iterable[B],
 ) -> None:  # fmt: skip
     """Train from `progress.step` to `plan.steps`.
+
+    Args:
+        training: returns the micro-batches of the steps that are still to do.
 
     Raises:
         Interrupted: after SIGINT or SIGTERM, once the checkpoint is written.
         UserError: too many unusable files or non-finite steps, disk full, out of memory beyond remedy.
     """
-    model, optimizer = fabric.setup(task.model, optimizer)
+    model, optimizer = fabric.setup_module(task.model), cast(torch.optim.Optimizer, fabric.setup_optimizers(optimizer))
     accumulator = Accumulator(fabric, task, model, optimizer, plan.clip_grad, run)
-    batches = iter(training)
-    saved_at = time.monotonic()
-    start, in_a_row = progress.step, 0
+    scaled = bool(fabric.strategy.precision.state_dict())
+    watch = Watch(progress.losses, scaled=scaled)
+    batches = iter(training(progress))
+    saved_at, start, due = time.monotonic(), progress.step, False
     monitor = Monitor(
         run,
         start=start,
@@ -83,7 +92,10 @@ def fit(
     )
     with stop_signals(fabric) as stop_requested, monitor, settling(task):
         if start == 0:
-            evaluate(fabric, task, held_out, run, monitor, progress, plan)
+            with task.whole():
+                evaluate(fabric, task, held_out, run, monitor, progress, plan)
+            if plan.rollback:
+                save(fabric, run, task, optimizer, progress, plan.samples)
         while progress.step < plan.steps:
             began = time.monotonic()
             chunks = [next(batches) for _ in range(plan.micro_batches)]
@@ -95,18 +107,24 @@ def fit(
             key = (plan.seed, STEPS, progress.step, fabric.global_rank)
             by_block = progress.step % GRADIENTS_EVERY == 0
             step = accumulator.step(chunks, key, number=progress.step + 1, by_block=by_block)
-            if step.finite:
-                task.follow(progress.step)
+            if step.finite and task.followers:
+                with task.whole():
+                    task.follow(progress.step)
             progress.step += 1
-            in_a_row = 0 if step.finite else in_a_row + 1
+            trouble = watch.follow(progress.step, step)
             if not step.finite:
                 progress.skipped += 1
-                culprits = [name for names in from_all(fabric, accumulator.culprits(chunks, key)) for name in names]
-                with as_one(fabric):
-                    report_skipped(fabric, run, progress, culprits, in_a_row)
+                if is_finite(fabric, task, optimizer):
+                    culprits = from_all(fabric, accumulator.culprits(chunks, key))
+                    report_skipped(run, progress, [name for names in culprits for name in names])
+                else:
+                    trouble = Trouble(progress.step - 1, f"the weights are not finite at step {progress.step}")
+            elif watch.unusual == SPIKE:
+                highest = from_all(fabric, accumulator.highest(chunks, key))
+                report_spike(run, progress, watch, step, [pair for pairs in highest for pair in pairs])
             report_bad(run, progress, (file for chunk in chunks for file in chunk.bad))
             if fabric.world_size == 1:  # several processes count together, at each evaluation
-                check_budget(plan, progress)
+                check_budget(run, plan, progress)
             done = {"step": progress.step, "epoch": progress.step / plan.steps_per_epoch}
             seconds = time.monotonic() - began
             row = {"kind": "train", **done, **step.means, "lr": rate, "grad_norm": step.norm, "seconds": seconds}
@@ -116,20 +134,37 @@ def fit(
                 run.record({"kind": "gradients", **done, "encoder": step.blocks[0], "blocks": step.blocks[1:]})
                 monitor.scalars("gradients", {f"{i:02}": norm for i, norm in enumerate(step.blocks)}, progress.step)
             monitor.step(row)
-            if progress.step % plan.evaluate_every == 0 or progress.step == plan.steps:
-                evaluate(fabric, task, held_out, run, monitor, progress, plan)
+            ended = progress.step == plan.steps
+            if trouble is None and (progress.step % plan.evaluate_every == 0 or ended):
+                with task.whole():
+                    evaluate(fabric, task, held_out, run, monitor, progress, plan)
             signal_number = stop_requested()
-            due = fabric.broadcast(time.monotonic() - saved_at > plan.checkpoint_seconds)
+            due = due or fabric.broadcast(time.monotonic() - saved_at > plan.checkpoint_seconds)
             due = due or progress.step % plan.checkpoint_steps == 0 or progress.step == plan.undecayed
-            if due or signal_number or progress.step == plan.steps:
+            saving = due or ended or signal_number
+            if trouble is None and saving and not is_finite(fabric, task, optimizer):
+                trouble = Trouble(progress.step, f"the weights are not finite after step {progress.step}")
+            if trouble and plan.rollback:
+                roll_back(fabric, run, task, optimizer, progress, trouble, plan.samples)
+                monitor.rewind(progress.step)
+                watch, batches = Watch(progress.losses, scaled=scaled), iter(training(progress))
+                saved_at, due = time.monotonic(), False
+                continue
+            if trouble:
+                with as_one(fabric):
+                    bear(run, progress, watch, trouble)
+            # What may have to be undone is not kept; but a run has an end, and a longer one its beginning.
+            held = plan.rollback and watch.began is not None and progress.step not in (plan.steps, plan.undecayed)
+            if saving and not held:
                 save(fabric, run, task, optimizer, progress, plan.samples)
                 if progress.step == plan.undecayed and fabric.is_global_zero:
                     checkpoints.keep_undecayed(run.checkpoints, progress.step)
-                saved_at = time.monotonic()
-            if signal_number and progress.step < plan.steps:
-                line = f"stopped at step {progress.step} of {plan.steps}, saved; go on with --out {run.path} --resume"
+                saved_at, due = time.monotonic(), False
+            if signal_number and not ended:
+                what = f"in trouble and so not saved, {checkpoints.last_good(run.checkpoints)}" if held else "saved"
+                line = f"stopped at step {progress.step} of {plan.steps}, {what}; go on with --out {run.path} --resume"
                 run.incident(progress.step, "stopped", line)
-                # Another exit code of another process would make Fabric kill the first.
+                # At another exit code of another process a launcher kills the first.
                 raise Interrupted(signal_number) if fabric.is_global_zero else SystemExit(0)
 
 
@@ -142,19 +177,34 @@ def settling(task: Task[B]) -> Iterator[None]:
         task.settle()
 
 
-def report_skipped(fabric: Fabric, run: RunFolder, progress: Progress, culprits: list[str], in_a_row: int) -> None:
-    """Say that a step was skipped and why; stop after too many in a row."""
-    shown = ", ".join(culprits[:5]) + (f" and {len(culprits) - 5} more" if len(culprits) > 5 else "")
+def report_skipped(run: RunFolder, progress: Progress, culprits: list[str]) -> None:
+    """Say that a step was skipped and why."""
+    shown = ", ".join(culprits[:NAMED]) + (f" and {len(culprits) - NAMED} more" if len(culprits) > NAMED else "")
     cause = f"the loss of {shown} is not finite" if culprits else "the gradient is not finite"
     line = f"step {progress.step} skipped: {cause} ({progress.skipped} skipped so far)"
     run.incident(progress.step, "skipped step", line)
-    limit = MAX_SKIPPED_FP16 if fabric.strategy.precision.state_dict() else MAX_SKIPPED
-    if in_a_row >= limit:
+
+
+def report_spike(run: RunFolder, progress: Progress, watch: Watch, step: Step, images: list[tuple[float, str]]) -> None:
+    """Say that the loss is unusual, and which `images` have the highest, given as (loss, name)."""
+    shown = ", ".join(f"{name} ({loss:.4g})" for loss, name in sorted(images, reverse=True)[:NAMED])
+    line = (
+        f"loss spike: {step.means['loss']:.4g} at step {progress.step}, {watch.usual:.4g} usually; "
+        f"{SPIKE} unusual steps in a row; highest for {shown}"
+    )
+    run.incident(progress.step, "loss spike", line)
+
+
+def bear(run: RunFolder, progress: Progress, watch: Watch, trouble: Trouble) -> None:
+    """Go on with a loss that stays unusual, which becomes the usual one; stop at what cannot be gone on with."""
+    if trouble.fatal:
         raise UserError(
-            f"{in_a_row} steps in a row had a non-finite loss or gradient; the last checkpoint is kept: "
-            "add --resume and --clip_grad 1 or --precision 32, look at the images named in log.txt, or start again "
-            "with a lower --base_lr"
+            f"{trouble.cause}; {checkpoints.last_good(run.checkpoints)}; add --resume and --rollback, which goes back "
+            f"to before it and leaves those batches out, or --resume and --clip_grad 1 or --precision 32; else {ADVICE}"
         )
+    line = f"{trouble.cause}; going on with it (--rollback would go back to step {trouble.began})"
+    run.incident(progress.step, "loss spike", line)
+    watch.accept()
 
 
 def report_bad(run: RunFolder, progress: Progress, files: Iterable[tuple[str, str]]) -> None:
@@ -163,17 +213,28 @@ def report_bad(run: RunFolder, progress: Progress, files: Iterable[tuple[str, st
     progress.bad |= fresh
     for name, reason in fresh.items():
         run.incident(progress.step, "unusable file", f"skipped {name}: {reason}", quiet=True)
-    if fresh:
+    count = len(progress.bad)
+    doubled = count.bit_length() > (count - len(fresh)).bit_length()
+    if fresh and (count <= ALL_COUNTED or doubled):  # of millions of files a few are bad in every step
         name, reason = next(iter(fresh.items()))
-        run.say(f"skipped {len(progress.bad)} unusable files so far, e.g. {name}: {reason} (all are named in log.txt)")
+        run.say(f"skipped {count} unusable files so far, e.g. {name}: {reason} (all are named in log.txt)")
 
 
-def check_budget(plan: Plan, progress: Progress) -> None:
-    """Stop when the unusable files are more than the budget."""
+def exchange_bad(fabric: Fabric, run: RunFolder, progress: Progress) -> None:
+    """Let every process know what any of them could not use; each reads other files, and the first writes the log."""
+    fresh = list(islice(progress.bad.items(), progress.bad_shared, None))
+    report_bad(run, progress, (file for files in from_all(fabric, fresh) for file in files))
+    progress.bad_shared = len(progress.bad)
+
+
+def check_budget(run: RunFolder, plan: Plan, progress: Progress) -> None:
+    """Stop when the unusable files are more than the budget, and leave their list."""
     if len(progress.bad) > plan.max_bad * plan.samples:
+        run.write_unusable(progress.bad)
         raise UserError(
-            f"{len(progress.bad)} of {plan.samples} files cannot be used, more than --max_bad {plan.max_bad}; "
-            "mend the files named in log.txt or raise --max_bad"
+            f"{len(progress.bad)} of {plan.samples} files cannot be used, more than --max_bad {plan.max_bad:g}; mend "
+            f"the files listed in {run.unusable} or raise --max_bad, then add --resume; "
+            f"{checkpoints.last_good(run.checkpoints)}"
         )
 
 
@@ -199,9 +260,9 @@ def evaluate(
         for evaluation in evaluations.values():
             with fast_products(task.model, fabric.device), fabric.autocast():
                 evaluation.add(on_device)
-    with as_one(fabric):  # only the first process writes a log, and each reads other files
-        report_bad(run, progress, (file for bad in from_all(fabric, progress.bad) for file in bad.items()))
-        check_budget(plan, progress)
+    with as_one(fabric):
+        exchange_bad(fabric, run, progress)
+        check_budget(run, plan, progress)
     found = {prefix + name: value for prefix, part in evaluations.items() for name, value in part.values().items()}
     run.record({"kind": "held_out", "step": progress.step, "epoch": epoch, **found})
     monitor.scalars("held_out", found, progress.step)
@@ -211,11 +272,12 @@ def evaluate(
     left = f" · {time_left}" if (time_left := monitor.time_left()) else ""
     run.say(f"epoch {epoch:g} · held-out {first}{others}{left}")
     if fabric.is_global_zero:
-        task.draw(run, monitor, progress.step, epoch)
-        rows = run.rows()
-        draw_curves(rows, run.pictures / "curves.png")
-        if any(row["kind"] == "gradients" for row in rows):
-            draw_gradients(rows, run.pictures / "gradients.png")
+        with run.optional("pictures/"):
+            task.draw(run, monitor, progress.step, epoch)
+            rows = run.rows()
+            draw_curves(rows, run.pictures / "curves.png")
+            if any(row["kind"] == "gradients" for row in rows):
+                draw_gradients(rows, run.pictures / "gradients.png")
     fabric.barrier()
     task.model.train()
     return found

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgres
 from rich.text import Text
 
 from mirl.methods import is_term
+from mirl.training.events import EventFile
 from mirl.training.runs import RunFolder, console, duration
 
 WINDOW = 50  # steps over which speed and waiting are averaged
@@ -36,14 +37,13 @@ class Monitor:
     def __init__(
         self, run: RunFolder, *, start: int, steps: int, steps_per_epoch: int, images: int, advise: bool
     ) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only training needs it
-
         self.run, self.start, self.steps, self.steps_per_epoch, self.images = run, start, steps, steps_per_epoch, images
         self._recent: deque[tuple[float, float]] = deque(maxlen=WINDOW)
         self._done = start
         self._advised = not advise
         self._printed = time.monotonic()
-        self._writer = SummaryWriter(str(run.tensorboard), purge_step=start + 1 if start else 0) if run.writes else None
+        self._events: EventFile | None = None
+        self._begin_events(start)
         columns = TextColumn("{task.description}"), BarColumn(20), TaskProgressColumn(), _Line()
         self._bar = Progress(
             *columns, console=console, transient=True, disable=not (run.writes and console.is_terminal)
@@ -56,8 +56,14 @@ class Monitor:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
-        if self._writer:
-            self._writer.close()
+        self._end_events()
+
+    def rewind(self, step: int) -> None:
+        """Go on from an earlier step, and let TensorBoard forget the later ones."""
+        self._done = step
+        self._bar.update(self._task, completed=step)
+        self._end_events()
+        self._begin_events(step)
 
     def step(self, row: dict[str, Any]) -> None:
         """Show a training step: `row` has step, loss and its parts, lr, grad_norm, seconds, data_wait (seconds)."""
@@ -68,7 +74,7 @@ class Monitor:
         if not console.is_terminal and time.monotonic() - self._printed > PLAIN_SECONDS:
             self._printed = time.monotonic()
             self.run.say(line)
-        if self._writer and row["step"] % TENSORBOARD_EVERY == 0:
+        if row["step"] % TENSORBOARD_EVERY == 0:
             self.scalars("train", {k: v for k, v in row.items() if k not in ("kind", "step", "epoch")}, row["step"])
         if not self._advised and len(self._recent) == WINDOW and self.waiting > SLOW_DATA:
             self._advised = True
@@ -78,9 +84,20 @@ class Monitor:
             )
 
     def scalars(self, group: str, values: dict[str, float], step: int) -> None:
-        if self._writer:
-            for name, value in values.items():
-                self._writer.add_scalar(f"{group}/{name}", value, step)
+        """Add a point to each curve of TensorBoard's."""
+        if self._events:
+            with self.run.optional("tensorboard/"):
+                self._events.scalars({f"{group}/{name}": value for name, value in values.items()}, step)
+
+    def _begin_events(self, step: int) -> None:
+        if self.run.writes:
+            with self.run.optional("tensorboard/"):
+                self._events = EventFile(self.run.tensorboard, purge_step=step + 1 if step else 0)
+
+    def _end_events(self) -> None:
+        if self._events:
+            with self.run.optional("tensorboard/"):
+                self._events.close()
 
     @property
     def speed(self) -> float:

@@ -3,6 +3,7 @@
 import atexit
 import gc
 import logging
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,15 +12,20 @@ from typing import Any, Literal
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from mirl.errors import UserError
+from mirl.training.companions import PATIENCE, meet_again, start_others, together
 
-__all__ = ["Fabric", "Interrupted", "Precision", "as_one", "best_precision", "from_all", "launch", "over_processes",
-           "precision_of", "stop_signals"]  # fmt: skip
+__all__ = ["Fabric", "Interrupted", "Precision", "Strategy", "as_one", "best_precision", "from_all", "full", "launch",
+           "mesh_of", "over_processes", "precision_of", "stop_signals", "together"]  # fmt: skip
 
 Precision = Literal["32", "bf16", "16"]
+Strategy = Literal["auto", "ddp", "fsdp"]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -30,17 +36,35 @@ class Interrupted(KeyboardInterrupt):
         self.signal_number = signal_number
 
 
-def launch(devices: str | int, num_nodes: int, precision: Precision) -> Fabric:
-    """Start one process per device and return this one's Fabric."""
+def launch(devices: str | int, num_nodes: int, precision: Precision, strategy: Strategy = "auto") -> Fabric:
+    """Start one process per device, unless torchrun or Slurm has, and return this one's Fabric.
+
+    Several devices each have the whole model (ddp, auto) or share its weights, gradients and moments (fsdp).
+
+    Raises:
+        UserError: if there are no such devices, or they cannot do what is asked.
+    """
     names: dict[Precision, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # the summary says what was chosen
     try:
         # A CPU is one device however many cores it has; several CPU processes are asked for by number.
         count = devices if devices != "auto" or torch.cuda.is_available() else 1
+        if torch.distributed.is_torchelastic_launched():  # torchrun knows how many it has started
+            count = int(os.environ["LOCAL_WORLD_SIZE"]) if devices == "auto" else count
+            num_nodes = int(os.environ["GROUP_WORLD_SIZE"]) if num_nodes == 1 else num_nodes
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
         if accelerator == "cpu" and precision == "16":
             raise UserError("--precision 16 needs a GPU; give 32, bf16 or auto")
-        fabric = Fabric(accelerator=accelerator, devices=count, num_nodes=num_nodes, precision=names[precision])
+        asked: dict[str, Any] = {"accelerator": accelerator, "devices": count, "num_nodes": num_nodes}
+        asked["precision"] = names[precision]
+        fabric = Fabric(**asked)
+        if isinstance(fabric.strategy, DDPStrategy):  # Fabric's own choice for several devices
+            chosen = _strategy(strategy, fabric.strategy.num_processes * num_nodes, precision)
+            fabric = Fabric(strategy=chosen, **asked)
+        elif strategy == "fsdp":
+            raise UserError("--strategy fsdp shares a model among several devices, and there is one; leave it out")
+        _complete(fabric, num_nodes)
+        meet_again("nccl" if accelerator == "cuda" else "gloo")
         fabric.launch()
     except UserError:
         raise
@@ -48,10 +72,50 @@ def launch(devices: str | int, num_nodes: int, precision: Precision) -> Fabric:
         raise UserError(
             f"cannot use --devices {devices} --num_nodes {num_nodes}: {str(error).splitlines()[0]}"
         ) from error
-    if fabric.world_size > 1 and accelerator == "cpu":
+    if fabric.world_size > 1:
         atexit.unregister(_leave)  # a second training of one script
-        atexit.register(_leave)  # for NCCL Fabric does it
+        atexit.register(_leave)
     return fabric
+
+
+def _strategy(choice: Strategy, processes: int, precision: Precision) -> DDPStrategy | ModelParallelStrategy:
+    if choice == "fsdp":
+        if precision == "16":
+            raise UserError("--strategy fsdp knows no loss scale for fp16; give --precision bf16 or 32")
+        # The model is sharded before its optimizer is built (training/sharded.py): Fabric finds it ready.
+        return ModelParallelStrategy(
+            lambda model, _: model, data_parallel_size=processes, tensor_parallel_size=1, timeout=PATIENCE
+        )
+    # Gradients live in the buckets that are exchanged.
+    return DDPStrategy(timeout=PATIENCE, gradient_as_bucket_view=True)
+
+
+def mesh_of(fabric: Fabric) -> DeviceMesh | None:
+    """Return the devices that share the model, or None if each has the whole."""
+    strategy = fabric.strategy
+    return strategy.device_mesh["data_parallel"] if isinstance(strategy, ModelParallelStrategy) else None
+
+
+def full(tensor: Tensor) -> Tensor:
+    """Gather a tensor that may be sharded; every process must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _complete(fabric: Fabric, num_nodes: int) -> None:
+    """Start this machine's other processes where no launcher has done it.
+
+    Fabric would, too; but when one of them dies it kills the first before that can say what happened.
+    """
+    strategy = fabric.strategy
+    if not isinstance(strategy, ParallelStrategy):
+        return
+    environment = strategy.cluster_environment
+    assert environment is not None
+    if not environment.creates_processes_externally:
+        start_others(
+            len(strategy.parallel_devices or ()), num_nodes, environment.node_rank(), environment.main_address,
+            environment.main_port,
+        )  # fmt: skip
 
 
 def _leave() -> None:
@@ -61,7 +125,8 @@ def _leave() -> None:
     going, ends the process with SIGABRT.
     """
     gc.collect()  # a model in a cycle would keep the group
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def precision_of(choice: Literal["auto"] | Precision) -> Precision:
@@ -92,10 +157,12 @@ def as_one(fabric: Fabric) -> Iterator[None]:
         mine = str(error)
         if fabric.world_size == 1:
             raise
-    if told := next(filter(None, from_all(fabric, mine)), ""):
+    with together(fabric.global_rank, fabric.world_size):
+        told = next(filter(None, from_all(fabric, mine)), "")
+    if told:
         if fabric.is_global_zero:
             raise UserError(told)
-        raise SystemExit(0)  # another code would make Fabric kill the first process before it has said what is wrong
+        raise SystemExit(0)  # at another code a launcher kills the first process before it has said what is wrong
 
 
 def from_all(fabric: Fabric, value: Any) -> list[Any]:

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mirl.data.loading import B
+from mirl.data.loading import B, batch_of
 from mirl.errors import UserError
-from mirl.training import checkpoints
+from mirl.training import checkpoints, sharded
 from mirl.training.processes import Fabric, as_one
 from mirl.training.runs import RunFolder
 from mirl.training.steps import Task
@@ -14,29 +14,56 @@ from mirl.training.steps import Task
 
 @dataclass
 class Progress:
-    """What a resumed run must know besides weights: finished steps, steps skipped, unusable files by name."""
+    """What a resumed run must know besides weights.
+
+    Attributes:
+        step: steps finished; skipped: those of them that were not applied.
+        bad: unusable files, reasons by name; bad_shared: the first so many are known to every process.
+        jumps: of each rollback the step from which on other batches are read, and the number of the first of them.
+        losses: the last usual ones.
+    """
 
     step: int = 0
     skipped: int = 0
     bad: dict[str, str] = field(default_factory=dict)
+    jumps: list[tuple[int, int]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    bad_shared: int = 0
+
+    @property
+    def batch(self) -> int:
+        """The number of the batch that the next step reads."""
+        return batch_of(self.step, self.jumps)
 
 
 def save(
     fabric: Fabric, run: RunFolder, task: Task[B], optimizer: torch.optim.Optimizer, progress: Progress, samples: int
 ) -> None:
-    """Write a checkpoint from the first process; `samples` is the size of the data set."""
+    """Write a checkpoint, from the first process or, of a sharded model, from all.
+
+    Args:
+        samples: size of the data set.
+
+    Raises:
+        UserError: if the disk is full or not writable; earlier checkpoints are untouched.
+    """
+    state = {
+        "model": task.model.state_dict(),
+        **{name: follower.state_dict() for name, follower in task.followers.items()},
+        "optimizer": optimizer.state_dict(),
+        "precision": fabric.strategy.precision.state_dict(),
+        "about": task.about,
+        "skipped": progress.skipped,
+        "bad": progress.bad,
+        "jumps": progress.jumps,
+        "losses": progress.losses,
+        "samples": samples,
+    }
+    if task.skeleton is not None:
+        sharded.save(fabric, run.checkpoints, progress.step, state)
+        return
     with as_one(fabric):
         if fabric.is_global_zero:
-            state = {
-                "model": task.model.state_dict(),
-                **{name: follower.state_dict() for name, follower in task.followers.items()},
-                "optimizer": optimizer.state_dict(),
-                "precision": fabric.strategy.precision.state_dict(),
-                "about": task.about,
-                "skipped": progress.skipped,
-                "bad": progress.bad,
-                "samples": samples,
-            }
             checkpoints.save(run.checkpoints, progress.step, state)
 
 
@@ -48,7 +75,7 @@ def restore(fabric: Fabric, run: RunFolder, task: Task[B], optimizer: torch.opti
             images are functions of their number), or their classes have changed.
     """
     with as_one(fabric):
-        state = checkpoints.load_newest(run.checkpoints, run.say)
+        state = checkpoints.load_newest(run.checkpoints, run.say, read=checkpoints.load_in_parts)
         if state is None:
             run.say("no checkpoint was written yet; starting at step 0")
             return Progress()
@@ -63,10 +90,10 @@ def restore(fabric: Fabric, run: RunFolder, task: Task[B], optimizer: torch.opti
                     f"{name}: not what the run began with; restore it, or start a new run with another --out"
                 )
         try:
-            task.model.load_state_dict(state["model"])
+            task.model.load_state_dict(sharded.own_weights(task.model, state["model"]))
             for name, follower in task.followers.items():
                 follower.load_state_dict(state[name])
-            optimizer.load_state_dict(state["optimizer"])
+            optimizer.load_state_dict(sharded.own_moments(optimizer, state["optimizer"]))
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(
                 f"the checkpoint of step {state['step']} in {run.checkpoints} is of another model "
@@ -75,4 +102,4 @@ def restore(fabric: Fabric, run: RunFolder, task: Task[B], optimizer: torch.opti
     for group in optimizer.param_groups:
         group["fused"] = optimizer.defaults["fused"]  # another --precision may need the other kind
     fabric.strategy.precision.load_state_dict(state["precision"])
-    return Progress(state["step"], state["skipped"], state["bad"])
+    return Progress(*(state[name] for name in ("step", "skipped", "bad", "jumps", "losses")))

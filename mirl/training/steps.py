@@ -4,6 +4,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic
 
@@ -18,8 +19,9 @@ from mirl.models.attention import choose_attention
 from mirl.models.products import fast_products
 from mirl.training.evaluation import Evaluation, Means
 from mirl.training.monitors import Monitor
-from mirl.training.processes import Fabric, as_one, over_processes
+from mirl.training.processes import Fabric, as_one, full, mesh_of, over_processes
 from mirl.training.runs import RunFolder
+from mirl.training.sharded import gathered, shard
 
 
 class Task(ABC, Generic[B]):
@@ -30,12 +32,14 @@ class Task(ABC, Generic[B]):
         average: a running average of its weights, evaluated beside it, or None.
         epoch: how far the run has come, in passes over the data; the loop sets it before each step and evaluation.
         about: what checkpoints say beside tensors, such as names of classes; a resumed run must find it unchanged.
+        skeleton: the model without weights, where it is sharded (training/sharded.py), else None.
     """
 
     model: nn.Module
     average: ModelEmaV3 | None = None
     epoch: float = 0.0
     about: dict[str, Any] = {}  # noqa: RUF012
+    skeleton: nn.Module | None = None
 
     @property
     def followers(self) -> dict[str, nn.Module]:
@@ -47,6 +51,22 @@ class Task(ABC, Generic[B]):
         if self.average:
             self.average.update(self.model, step=step)
 
+    def shard(self, fabric: Fabric) -> None:
+        """Share the model's weights among processes, if the strategy says so; before the optimizer is built."""
+        if (mesh := mesh_of(fabric)) is not None:
+            self.skeleton = shard(self.model, self.parts, mesh)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Let `model`, if it is sharded, be an ordinary one with its weights; every process must enter."""
+        shards = self.model
+        if self.skeleton is not None:
+            self.model = gathered(shards, self.skeleton)
+        try:
+            yield
+        finally:
+            self.model = shards
+
     def to(self, device: torch.device) -> None:
         """Move the model, its followers and whatever else the loss needs to `device`."""
         for module in (self.model, *self.followers.values()):
@@ -56,6 +76,11 @@ class Task(ABC, Generic[B]):
     def encoder(self) -> VisionTransformer | None:
         """The part of the model whose blocks' gradients are followed, if there is one."""
         return None
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """Parts of the model, the inner first: a sharded model has whole weights in the one that computes."""
+        return list(self.encoder.blocks) if self.encoder else []
 
     def prepare(self, batch: B) -> B:
         """Return what the loss sees of a training batch: a function of the batch, on the same device."""
@@ -100,8 +125,9 @@ def probe(fabric: Fabric, task: Task[B], micro_batch: int, run: RunFolder) -> tu
     """
     gpu, model = fabric.device.type == "cuda", task.model
     place(fabric, task)
-    # Room for what a step needs besides: two moments of AdamW, and the buckets of several processes.
-    reserve = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(3)] if gpu else []
+    # Room for AdamW's two moments. A sharded model has more: here it is still whole, with whole gradients.
+    moments = 2 if gpu and mesh_of(fabric) is None else 0
+    reserve = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(moments)]
     size = micro_batch
     with as_one(fabric):
         while (measured := _try(fabric, task, size if gpu else min(size, 16))) is None:
@@ -136,6 +162,9 @@ def _try(fabric: Fabric, task: Task[B], images: int) -> float | None:
         task.model.zero_grad()
 
 
+NAMED = 5  # images
+
+
 @dataclass(frozen=True)
 class Step:
     """What an optimizer step leaves to record.
@@ -159,7 +188,7 @@ def block_norms(encoder: VisionTransformer) -> list[float]:
     """Return the gradient norm of the encoder, then of each of its blocks. Paper: Appendix C."""
     modules = [encoder, *encoder.blocks]
     gradients = [[p.grad for p in module.parameters() if p.grad is not None] for module in modules]
-    return torch.stack([torch.nn.utils.get_total_norm(group) for group in gradients]).tolist()
+    return torch.stack([full(torch.nn.utils.get_total_norm(group)) for group in gradients]).tolist()
 
 
 class Accumulator(Generic[B]):
@@ -187,15 +216,16 @@ class Accumulator(Generic[B]):
             self._halve(len(chunks[0]), number)
         total = self.fabric.clip_gradients(self.model, self.optimizer, max_norm=self.clip, error_if_nonfinite=False)
         assert total is not None
-        norm = float(total)
+        norm = float(full(total))
         blocks = None
         if by_block and self.task.encoder is not None and math.isfinite(norm):
             clipped = max(1.0, norm / self.clip)  # what clipping has divided by
             blocks = [value * clipped for value in block_norms(self.task.encoder)]
         step = Step(means, norm, blocks)
-        # The fp16 loss scaler must see an overflow to lower its scale; it skips the update itself.
-        if step.finite or self.fabric.strategy.precision.state_dict():
+        if step.finite:
             self.optimizer.step()
+        elif scaler := getattr(self.fabric.strategy.precision, "scaler", None):
+            scaler.update()  # float16's loss scale, which an overflow lowers
         self.optimizer.zero_grad()
         return step
 
@@ -240,8 +270,21 @@ class Accumulator(Generic[B]):
     def culprits(self, chunks: list[B], key: tuple[int, ...]) -> list[str]:
         """Name the images whose own loss is not finite; if none is, the gradient alone overflowed."""
         names = []
-        with seeded(*key):
+        with seeded(*key), self.task.whole():
             for image in (image for piece in self._pieces(chunks) for image in piece.pieces(1)):
-                if not self.task.loss(self.model, image)["loss"].isfinite().all():
+                with self.fabric.autocast():
+                    loss = self.task.loss(self.task.model, image)["loss"]
+                if not loss.isfinite().all():
                     names += self.task.names(image)
         return names
+
+    @torch.no_grad()
+    def highest(self, chunks: list[B], key: tuple[int, ...]) -> list[tuple[float, str]]:
+        """Return losses and names of the images with the highest losses."""
+        found: list[tuple[float, str]] = []
+        with seeded(*key), self.task.whole():
+            for piece in self._pieces(chunks):
+                with self.fabric.autocast():
+                    losses = self.task.loss(self.task.model, piece)["loss"].tolist()
+                found += zip(losses, self.task.names(piece), strict=True)
+        return sorted(found, reverse=True)[:NAMED]

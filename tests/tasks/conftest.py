@@ -2,8 +2,16 @@
 
 import pytest
 from tiny_classes import PLAIN, write_encoder, write_patterns
+from tiny_runs import without_pictures
 
 import mirl
+
+
+@pytest.fixture
+def undrawn():
+    """Let runs go without pictures, which take longer than all else."""
+    with without_pictures():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,8 @@ import mirl
 from mirl.errors import UserError
 from mirl.training.checkpoints import UNDECAYED, saved_steps
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 STEP = {"warmup_epochs": 0.5, "schedule": "step", "evaluate_epochs": 2}
 
 

@@ -68,7 +68,7 @@ def mistake(function, **options):
 
 
 def test_a_run_leaves_every_file(classified):
-    names = {"config.yaml", "log.txt", "metrics.jsonl", "tensorboard", "checkpoints", "encoder", "pictures"}
+    names = {"config.yaml", "log.txt", "metrics.jsonl", "tensorboard", "checkpoints", "encoder", "pictures", ".lock"}
     # Tests that judge this run leave evaluations in it.
     assert {path.name for path in classified.iterdir()} - {"evaluations"} == names | {"results.json"}
     assert {path.stem for path in (classified / "pictures").iterdir()} == {
@@ -144,7 +144,7 @@ def test_rates_follow_maes_schedule_and_decay_with_depth(classified):
 
 
 def test_killed_and_resumed_equals_uninterrupted(options, everything):
-    process = command(options, task="finetune")
+    process = command(options, task="finetune", pictures=False)
     wait_for_rows(options["out"], 4, lambda: process.poll() is None)
     process.kill()
     assert finish(process)[0] == -signal.SIGKILL

@@ -23,6 +23,8 @@ from mirl.tasks.pretrain import PretrainTask, split_off_held_out
 from mirl.tasks.settings.pretraining import Resolved, autoencoder_of
 from mirl.tasks.weights import load_autoencoder, open_weights
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SMALL = {
     "data": "shapes:20", "model": "vit_48x4_2", "image_size": (32, 32), "patch_size": (8, 8), "decoder_width": 32,
     "decoder_depth": 1, "block_figures": False, "warmup_epochs": 10, "epochs": 20,

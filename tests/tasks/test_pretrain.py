@@ -47,7 +47,7 @@ def autoencoder(run):
 def test_a_run_leaves_every_file(run):
     names = {path.name for path in run.iterdir()}
     assert names == {"config.yaml", "log.txt", "metrics.jsonl", "tensorboard", "checkpoints", "encoder",
-                     "autoencoder.safetensors", "pictures"}  # fmt: skip
+                     "autoencoder.safetensors", "pictures", ".lock"}  # fmt: skip
     assert {path.name for path in (run / "encoder").iterdir()} == {"README.md", "config.json", "model.safetensors"}
     kept = {path.name for path in (run / "checkpoints").iterdir()}
     assert kept == {"step_00000011.pt", "step_00000012.pt", "undecayed.pt"}  # the rate decays after 90 % of 12 steps
@@ -85,7 +85,7 @@ def test_a_run_leaves_its_report_however_it_ends(tiny, tmp_path, capsys):
     with pytest.raises(UserError, match="cannot be used, more than --max_bad"):
         mirl.pretrain(**options, out=tmp_path / "failed")
     (failed,) = (row for row in rows(tmp_path / "failed", "incident") if row["what"] == "failed")
-    assert "mend the files named in log.txt" in failed["text"]
+    assert f"mend the files listed in {tmp_path}/failed/unusable.txt" in failed["text"]
     assert "more than --max_bad" in (tmp_path / "failed" / "report.html").read_text()
 
 

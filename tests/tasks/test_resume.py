@@ -5,18 +5,33 @@ import random
 import resource
 import shutil
 import signal
-import time
 from pathlib import Path
 
+import kills
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import assert_one_line, assert_same_run, command, finish, flags, interrupted, losses, rows, wait_for_rows
+from tiny_runs import (
+    assert_identical,
+    assert_one_line,
+    assert_same_run,
+    command,
+    finish,
+    flags,
+    interrupted,
+    losses,
+    rows,
+    wait_for_rows,
+)
 
 import mirl
 from mirl.cli import main
 from mirl.errors import UserError
 from mirl.training.checkpoints import checkpoint_path, saved_steps
+
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+KILLED = kills.KILLED_RUN | {"epochs": 12}  # 24 steps
 
 
 @pytest.fixture
@@ -42,26 +57,39 @@ def log(options):
     return (Path(options["out"]) / "log.txt").read_text()
 
 
-def test_killed_three_times_equals_uninterrupted(options, uninterrupted):
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory):
+    """Two runs of the same command, not interrupted."""
+    folders = [tmp_path_factory.mktemp("twice") / name for name in ("one", "two")]
+    for process in [kills.start(KILLED | {"out": str(folder), "workers": 0}, resume=False) for folder in folders]:
+        assert finish(process)[0] == 0
+    return folders
+
+
+def test_the_same_command_twice_is_the_same_run_bit_for_bit(twice):
+    assert_identical(*twice)
+
+
+@pytest.mark.parametrize("number, count", [(signal.SIGKILL, 20), (signal.SIGTERM, 6)])
+def test_killed_at_random_moments_equals_uninterrupted(number, count, twice, tmp_path):
+    """In a step, a save, an evaluation or a start; each time other numbers of data workers go on."""
     seed = random.randrange(10**6)
-    print(f"seed {seed}")  # pytest shows it if the test fails
-    moments = random.Random(seed)
-    options |= {"workers": 1}
-    for attempt in range(3):
-        process = command(options, *(["--resume"] if attempt else []))
-        wait_for_rows(options["out"], 1 + 6 * attempt + moments.randrange(5), lambda p=process: p.poll() is None)
-        time.sleep(moments.uniform(0, 0.1))
-        process.kill()
-        assert finish(process)[0] == -signal.SIGKILL
-    mirl.pretrain(**options, resume=True)
-    assert_same_run(options["out"], uninterrupted)
-    assert not list(Path(options["out"]).rglob("*.tmp"))
+    options = KILLED | {"out": str(tmp_path / "run")}
+    phases = list(kills.survive(options, count, number=number, seed=seed))
+    print(f"seed {seed}: {kills.table(phases)}")  # pytest shows it if the test fails
+    process = kills.start(options | {"workers": 1}, resume=True)
+    code, output, errors = finish(process)
+    assert (code, errors) == (0, "") and "done:" in output
+    assert_identical(options["out"], twice[0])
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+    if number == signal.SIGKILL:
+        assert {"in a step", "in an evaluation", "while a checkpoint was written"} <= set(phases)
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_says_how_to_go_on(options, uninterrupted, number, code):
     options |= {"checkpoint_minutes": 10, "workers": 1}
-    process = command(options, process_group=0)
+    process = command(options)
     wait_for_rows(options["out"], 3, lambda: process.poll() is None)
     # To the data workers as well, as a terminal, `timeout` and Slurm do.
     os.killpg(process.pid, number)

@@ -196,7 +196,7 @@ def test_faults_of_a_folder_are_named_and_counted(flawed):
 
 def test_too_many_faults_stop_the_run(vit, flawed, tmp_path):
     data = str(flawed.parent / "streets")
-    refused(r"of 15 files cannot be used, more than --max_bad 0\.1; mend the files named in log.txt",
+    refused(r"of 15 files cannot be used, more than --max_bad 0\.1; mend the files listed in \S*unusable.txt",
             weights=vit, data=data, batch_size=4, out=tmp_path / "run")  # fmt: skip
 
 

@@ -15,6 +15,8 @@ import mirl
 from mirl.errors import UserError
 from mirl.tasks.convert import convert
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 # A rate at which nothing moves: what a run ends with is what it began with, but for zeros, which become 1e-30.
 STILL = {"data": "shapes:20", "epochs": 1, "base_lr": 1e-30, "weight_decay": 0.0, "block_figures": False}
 

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import signal
-import subprocess
+import socket
 import sys
 import threading
 import time
@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import forks
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import mirl
@@ -21,7 +23,7 @@ COMMAND = str(Path(sys.executable).with_name("mirl"))
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 
 PICTURES = (
-    "training.loop.draw_curves", "training.loop.draw_gradients", "tasks.detection.draw_training",
+    "training.loop.draw_curves", "training.loop.draw_gradients", "tasks.pretrain.draw", "tasks.detection.draw_training",
     "tasks.detection.draw_found", "tasks.segmentation.draw_training", "tasks.segmentation.draw_predictions",
     "tasks.segmentation_scores.draw_confusion",
 )  # fmt: skip
@@ -29,10 +31,10 @@ PICTURES = (
 
 @contextmanager
 def without_pictures() -> Iterator[None]:
-    """Let detectors and segmenters train without pictures, which take longer than all else."""
+    """Let runs go without pictures, which take longer than all else of tiny ones."""
     with pytest.MonkeyPatch.context() as patch:
         for name in PICTURES:
-            patch.setattr(f"mirl.{name}", lambda *_, **__: None)
+            patch.setattr(f"mirl.{name}", forks.nothing)
         yield
 
 
@@ -40,17 +42,30 @@ def flags(options):
     return [f"--{name}={value}".replace(" ", "") for name, value in options.items()]
 
 
-def command(options, *more, task="pretrain", program=(COMMAND,), **popen):
-    """Start `mirl pretrain`, or another task, with `options`."""
-    return subprocess.Popen(
-        [*program, task, *flags(options), *more], env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, **popen,
-    )  # fmt: skip
+def command(options, *more, task="pretrain", environment=None, pictures=True, patches=None, **start):
+    """Start `mirl pretrain`, or another task, with `options`, in a process group of its own."""
+    patches = ({} if pictures else {f"mirl.{name}": forks.nothing for name in PICTURES}) | (patches or {})
+    given = [task, *flags(options), *more]
+    return forks.server().start(given, ENVIRONMENT | (environment or {}), patches=patches, **start)
 
 
-def finish(process):
+def ranks(options, count, *more, **start):
+    """Start so many processes of one run, as torchrun does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+        "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "test",
+    }  # fmt: skip
+    of_rank = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    more = (*more, f"--devices={count}")
+    return [command(options, *more, environment=environment, **start) for environment in of_rank]
+
+
+def finish(process, timeout=200):
     """Wait for a command; return its exit code, output and errors."""
-    output, errors = process.communicate(timeout=200)
+    output, errors = process.communicate(timeout=timeout)
     return process.returncode, output, errors
 
 
@@ -75,6 +90,29 @@ def losses(folder):
 
 def weights(folder):
     return load_file(Path(folder) / "autoencoder.safetensors")
+
+
+TIMES = ("seconds", "data_wait", "images_per_second", "time", "timings", "examples_per_second")
+
+
+def records(folder):
+    """Return all that a run recorded, without times and what happened to it."""
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["kind"] != "incident"]
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+def assert_identical(left, right):
+    """Check that two runs recorded the same and left the same weights and checkpoints, bit for bit."""
+    left, right = Path(left), Path(right)
+    assert records(left) == records(right)
+    for name in ("autoencoder.safetensors", "encoder/model.safetensors"):  # whose metadata name the run folder
+        torch.testing.assert_close(*(load_file(folder / name) for folder in (left, right)), rtol=0, atol=0)
+    newest = [max((folder / "checkpoints").glob("step_*")) for folder in (left, right)]
+    assert newest[0].name == newest[1].name
+    states = [torch.load(path, weights_only=True) for path in newest]
+    for part in ("model", "optimizer"):
+        torch.testing.assert_close(*(state[part] for state in states), rtol=0, atol=0)
 
 
 def assert_same_run(left, right):

@@ -6,6 +6,7 @@ from datetime import datetime
 
 import pytest
 import torch
+from lightning_fabric.plugins.precision import MixedPrecision
 from torch import nn
 
 from mirl.data.loading import Batch
@@ -44,6 +45,20 @@ class Regression(Task):
         return chunk(range(size))
 
 
+class Overflowing(Regression):
+    """Adds to the loss of `broken` images what is not finite, or whose gradient is not or is huge."""
+
+    def __init__(self, kind, broken):
+        super().__init__()
+        self.kind, self.overflowing = kind, torch.tensor(list(broken))
+
+    def loss(self, model, batch):
+        values = super().loss(model, batch)
+        zero = values["loss"] - values["loss"].detach()
+        term = {"loss": zero + math.inf, "gradient": zero.sqrt(), "huge gradient": 1e25 * zero}[self.kind]
+        return values | {"loss": values["loss"] + torch.where(torch.isin(batch.indices, self.overflowing), term, zero)}
+
+
 class Unstable(Regression):
     """Its loss is infinite once the model was trained for a step."""
 
@@ -66,6 +81,12 @@ def network():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 1))
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    for name in ("draw_curves", "draw_gradients"):
+        monkeypatch.setattr(loop, name, lambda *_: None)
 
 
 @pytest.fixture
@@ -97,7 +118,7 @@ def train(
     )  # fmt: skip
     optimizer = torch.optim.AdamW(task.model.parameters())
     fabric = processes.launch("auto", 1, "32")
-    loop.fit(fabric, task, optimizer, run, plan, progress, batches, [chunk(range(900, 904))])
+    loop.fit(fabric, task, optimizer, run, plan, progress, lambda _: batches, [chunk(range(900, 904))])
     rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     return task.model.state_dict(), progress, [row for row in rows if row["kind"] == "train"]
 
@@ -172,6 +193,10 @@ def test_followers_follow_each_step_that_was_taken_and_the_task_knows_when_it_wa
     class Followed(Regression):
         followed = ()
 
+        @property
+        def followers(self):
+            return {"average": self.model}
+
         def follow(self, step):
             self.followed += ((step, self.epoch),)
 
@@ -200,8 +225,32 @@ def test_a_skipped_step_changes_nothing(run, tmp_path):
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("kind", ["loss", "gradient", "huge gradient"])
+@pytest.mark.parametrize("scaled", [False, True], ids=["float32", "loss scale"])
+def test_what_overflows_in_one_micro_batch_touches_neither_weights_nor_moments(tmp_path, monkeypatch, kind, scaled):
+    """A loss may overflow where its gradient does not, and the other way round."""
+    if scaled:  # what --precision 16 has on a GPU
+        launch = processes.launch
+
+        def launch_scaled(*options):
+            fabric = launch(*options)
+            fabric.strategy.precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0))
+            return fabric
+
+        monkeypatch.setattr(processes, "launch", launch_scaled)
+    states = []
+    for steps in (2, 1):  # the second of two is skipped
+        folder = RunFolder(tmp_path / str(steps), resume=False, overwrite=False)
+        train(folder, Overflowing(kind, [17]), steps=steps, micro_batch=4)
+        assert ("step 2 skipped" in log(folder)) == (steps == 2)
+        states.append(torch.load(folder.checkpoints / f"step_{steps:08d}.pt", weights_only=True))
+        folder.close()
+    for part in ("model", "optimizer"):
+        torch.testing.assert_close(states[0][part], states[1][part], rtol=0, atol=0)
+
+
 def test_five_skipped_in_a_row_stop_with_advice_and_the_last_checkpoint_stays(run):
-    with pytest.raises(UserError, match=r"5 steps in a row .*--resume and --clip_grad 1 or --precision 32.*--base_lr"):
+    with pytest.raises(UserError, match=r"5 steps in a row .*--resume and --rollback.*--clip_grad 1.*--base_lr"):
         train(run, Unstable(), steps=20, checkpoint_seconds=0)
     newest = saved_steps(run.checkpoints)[0]
     state = torch.load(loop.checkpoints.checkpoint_path(run.checkpoints, newest), weights_only=True)
