@@ -24,22 +24,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--out", type=Path, default=Path("bench/results/kills.json"))
     options = parser.parse_args()
-    import kills
+    import killing
     from tiny_runs import assert_identical, finish
 
     began, phases = time.monotonic(), {}
     with tempfile.TemporaryDirectory() as name:
         # Of four kills, three come after a step that is kept; two steps are an epoch.
-        run = kills.KILLED_RUN | {"epochs": options.kills}
-        whole = kills.start(run | {"out": f"{name}/whole", "workers": 0}, resume=False)
+        run = killing.KILLED_RUN | {"epochs": options.kills}
+        whole = killing.start(run | {"out": f"{name}/whole", "workers": 0}, resume=False)
         shares = {signal.SIGKILL: options.kills - options.kills // 5, signal.SIGTERM: options.kills // 5}
         for number, count in shares.items():
             found = Counter()
-            for phase in kills.survive(run | {"out": f"{name}/run"}, count, number=number, seed=options.seed):
+            for phase in killing.survive(run | {"out": f"{name}/run"}, count, number=number, seed=options.seed):
                 found[phase] += 1
                 print(f"{number.name} {phase} ({found.total()} of {count})", flush=True)
             phases[number.name] = dict(found)
-        for process in (whole, kills.start(run | {"out": f"{name}/run", "workers": 1}, resume=True)):
+        for process in (whole, killing.start(run | {"out": f"{name}/run", "workers": 1}, resume=True)):
             code, _, errors = finish(process, timeout=3600)
             assert code == 0, errors
         assert_identical(f"{name}/run", f"{name}/whole")

@@ -1,8 +1,12 @@
-"""Mistakes that a user can mend, and what their one line calls the values that are allowed."""
+"""Mistakes that a user can mend, and how their one line names files and the values that are allowed."""
 
+import re
 from collections.abc import Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
+
+# Control characters, line separators, marks that turn the direction of writing, and bytes that are not UTF-8.
+STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(ValueError):
@@ -12,6 +16,16 @@ class UserError(ValueError):
     """
 
     exit_code = 2
+
+
+def printable(text: str) -> str:
+    """Return text, such as a stranger's file name, as one line that is valid UTF-8 and does not steer a terminal."""
+    return STEERING.sub(_escaped, text)
+
+
+def _escaped(letter: re.Match[str]) -> str:
+    code = ord(letter[0])
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else ascii(letter[0])[1:-1]  # from os.fsdecode
 
 
 def in_words(hint: Any) -> str:

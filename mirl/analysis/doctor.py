@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
-from mirl.analysis.doctor_report import PICTURE, DataReport, Speed, printable
+from mirl.analysis.doctor_report import PICTURE, DataReport, Speed
 from mirl.analysis.findings import findings
 from mirl.analysis.quarantine import check_outside, check_quarantine, move_broken
 from mirl.analysis.records import Records
@@ -16,7 +16,7 @@ from mirl.analysis.suggestion import Kept, suggest, views_per_second
 from mirl.data.inspection import Inspection, inspect, lost
 from mirl.data.scanning import Lost, scan
 from mirl.data.sources import ImageFiles, open_source
-from mirl.errors import UserError
+from mirl.errors import UserError, printable
 from mirl.tasks.options import COUNT, NOT_NEGATIVE, POSITIVE, available_cores, default_folder
 from mirl.training.runs import console
 

@@ -148,11 +148,6 @@ def plural(count: int, noun: str, ending: str = "s") -> str:
     return f"{count:,} {noun}{ending if count != 1 else ''}"
 
 
-def printable(line: str) -> str:
-    """Return a line without letters that would steer a terminal, which names of files can have."""
-    return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-
-
 def _quantiles(values: np.ndarray) -> dict[str, float]:
     if not len(values):
         return {}

@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mirl.data.coco_json import NO_INTEGER, Table, parse, printable, without_collection
+from mirl.data.coco_json import NO_INTEGER, Table, parse, without_collection
 from mirl.data.coco_layout import endings, image_folder
 from mirl.data.instances import Category
 from mirl.data.packed import PackedStrings
 from mirl.data.run_lengths import Malformed, area, compress
 from mirl.data.sources import ImageFiles, open_source
-from mirl.errors import UserError
+from mirl.errors import UserError, printable
 
 EXAMPLES = 3
 TRIED = 20  # images by which their folder is found

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mirl.errors import UserError
+from mirl.errors import UserError, printable
 
 FORM = "COCO annotations are an object with images, annotations and categories"
 NO_INTEGER = -(2**63)  # in place of what is no whole number: no id or size is so low
@@ -46,11 +46,6 @@ def parse(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{str(path)!r} holds a {type(content).__name__}; {FORM}")
     return content
-
-
-def printable(text: str) -> str:
-    """Return text in one line, whatever strangers call their images."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 class Table:

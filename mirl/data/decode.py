@@ -19,7 +19,7 @@ import torch
 from PIL import ExifTags, Image
 
 from mirl.data.reading import Unread, patiently
-from mirl.errors import UserError
+from mirl.errors import UserError, printable
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -278,7 +278,7 @@ def _too_large(pixels: int) -> str:
 
 
 def _reason(error: Exception) -> str:
-    detail = " ".join(str(error).split())[:120] or type(error).__name__
+    detail = printable(" ".join(str(error).split()))[:120] or type(error).__name__
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         pixels = re.search(r"\d+", detail)
         return _too_large(int(pixels[0])) if pixels else detail

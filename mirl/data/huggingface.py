@@ -5,6 +5,8 @@ The package finds rows; the bytes of an image come undecoded and are decoded as 
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,7 @@ def open_table(name: str, channels: int, download: bool) -> TableImages:
         remedy = "check the name" if download else "check the name, or add --download to fetch it"
         raise UserError(f"hf:{name} cannot be opened ({reason}); {remedy}") from error
     columns = [column for column, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    columns = columns or [column for column, feature in rows.features.items() if _is_bytes(feature)]
     if not columns:
         raise UserError(f"hf:{name} has no column of images; it has {', '.join(rows.features)}")
     if not len(rows):
@@ -77,7 +80,11 @@ def open_table(name: str, channels: int, download: bool) -> TableImages:
 
 def _rows(datasets: Any, name: str, download: bool) -> Any:
     """Return the rows of all splits that are for training."""
+    if not name:
+        raise UserError("hf: names no data set; give hf:NAME, hf:NAME:SPLIT or hf:FOLDER")
     folder = Path(os.path.expanduser(name))
+    if name.endswith("/") and not folder.exists():
+        raise UserError(f"hf:{name} does not exist; give a folder that does, or hf:NAME")
     if folder.is_dir():
         if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
             return _training(datasets.load_from_disk(str(folder)))
@@ -87,8 +94,27 @@ def _rows(datasets: Any, name: str, download: bool) -> Any:
                 return datasets.load_dataset(kind, data_files=files, split="train")
         raise UserError(f"{name!r} has no .parquet or .arrow files; give a folder that has, or that save_to_disk wrote")
     name, _, split = name.partition(":")
-    offline = datasets.DownloadConfig(local_files_only=not download)
-    return datasets.load_dataset(name, split=split or "train", download_config=offline)
+    with _offline(not download):
+        return datasets.load_dataset(name, split=split or "train")
+
+
+def _is_bytes(feature: Any) -> bool:
+    """Tell whether a column holds bytes: images in a table that another program than `datasets` wrote."""
+    content = feature.get("bytes") if isinstance(feature, dict) else feature
+    return getattr(content, "dtype", None) in ("binary", "large_binary")
+
+
+@contextmanager
+def _offline(offline: bool) -> Iterator[None]:
+    """Keep the packages from the network; `local_files_only` still asks the hub, and the variable is read on import."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or offline
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _training(found: Any) -> Any:

@@ -73,7 +73,7 @@ def apart(ends: np.ndarray, count: int) -> np.ndarray:
 
 
 def looked_at(source: Sized, count: int) -> np.ndarray:
-    """Return indices of up to `count` images from all over a source, or from its first shards if it has some."""
+    """Return indices of up to `count` images from all over a source, or from the first shards that have some."""
     ends = ends_of(source)
-    last = len(source) if ends is None else int(ends[: min(SAMPLED_SHARDS, len(ends))][-1])
+    last = len(source) if ends is None else int(np.unique(ends[ends > 0])[:SAMPLED_SHARDS][-1])
     return np.unique(np.linspace(0, last - 1, count).astype(int))

@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 
 from mirl.data.packed import PackedStrings
 from mirl.data.walking import Found, mark
+from mirl.errors import UserError
 
 FORMAT = "mirl-paths-1"
 FROM = 100_000  # paths; fewer are found in less than a second
@@ -32,23 +33,34 @@ SETTLED = 2 * 10**9  # ns
 def remembered(place: str, suffixes: Collection[str], search: Callable[[], Found]) -> Found:
     """Return what `search` finds in `place`, a folder or a list, from its index where there is a valid one."""
     place = os.path.abspath(place)
+    try:
+        folder = cache_folder() / "paths"
+    except UserError:  # it does not need one
+        return search()
     key = hashlib.sha256(os.fsencode("\0".join([FORMAT, place, *sorted(suffixes)]))).hexdigest()
-    file = cache_folder() / "paths" / f"{key}.safetensors"
+    file = folder / f"{key}.safetensors"
     known = _load(file, place)
     if known:
         return known
     began = time.time_ns()
     found = search()
     settled = max(found.marks[::3], default=0) < began - SETTLED
-    if len(found.paths) >= FROM and settled and not found.unreadable:
+    if len(found.paths) >= FROM and settled and not found.unreadable and not found.dangling:
         _save(file, found)
     return found
 
 
 def cache_folder() -> Path:
-    """Return where this project keeps what can be made again, or downloaded."""
+    """Return where this project keeps what can be made again, or downloaded.
+
+    Raises:
+        UserError: if this user has no home folder, as in some containers.
+    """
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "mirl"
+    try:
+        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "mirl"
+    except RuntimeError as error:
+        raise UserError("there is no home folder for caches; set XDG_CACHE_HOME to a folder") from error
 
 
 def _save(file: Path, found: Found) -> None:
@@ -67,6 +79,8 @@ def _save(file: Path, found: Found) -> None:
         save_file(arrays, temporary, {"ignored": str(found.ignored), "checksum": str(_checksum(arrays, found.ignored))})
         os.replace(temporary, file)
     except (OSError, SafetensorError):
+        pass
+    finally:  # also after Ctrl-C
         if temporary:
             Path(temporary).unlink(missing_ok=True)
 

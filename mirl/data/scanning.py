@@ -103,7 +103,7 @@ class _Reader(Generic[Result]):
         self.connection, theirs = context.Pipe()
         # Since when (monotonic seconds), and which member: shared, so that it outlives the process.
         self._current = multiprocessing.RawArray("d", 2)
-        self.process = context.Process(target=_read, args=(task, theirs, self._current), daemon=True)
+        self.process = context.Process(target=_read, args=(task, theirs, self.connection, self._current), daemon=True)
         try:
             self.process.start()
         except OSError as error:
@@ -140,7 +140,8 @@ class _Reader(Generic[Result]):
         self.connection.close()
 
 
-def _read(task: Callable[[int], Any], connection: Connection, current: Any) -> None:
+def _read(task: Callable[[int], Any], connection: Connection, parents: Connection, current: Any) -> None:
+    parents.close()  # or this process would wait for ever when the parent is killed
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)

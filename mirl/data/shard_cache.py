@@ -8,14 +8,16 @@ import hashlib
 import os
 import re
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock
 
 from mirl.data.reading import Unread
-from mirl.errors import UserError
+from mirl.errors import UserError, printable
 from mirl.training.files import atomic
 
 SCHEMES = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss", "hf", "sftp")
@@ -24,6 +26,9 @@ DEFAULT_LIMIT = 100.0  # GiB
 SECONDS = 30  # without a byte, after which a server counts as lost
 PAUSES = (1.0, 5.0, 20.0)  # seconds between tries to fetch a shard
 FAILED_FOR = 60  # seconds for which a shard that could not be fetched is not asked for again
+MISSING = (403, 404, 410)  # what a web server answers where nothing is; 403 is that of stores that do not list
+
+T = TypeVar("T")
 
 
 def is_remote(name: str) -> bool:
@@ -62,12 +67,13 @@ class ShardCache:
                 if not _is_whole(path, size):
                     _raise_again(failed)
                     try:
-                        _fetch_patiently(url, path, size, sha256)
+                        _asked(url, partial(_fetch, url, path, size, sha256))
                     except OSError as error:
                         failed.write_text(f"{type(error) is FileNotFoundError:d}{error}", encoding="utf-8")
                         raise
                     self._make_room(path)
-        os.utime(path)
+        with suppress(OSError):  # of a cache that was filled by someone else, or deleted by another process just now
+            os.utime(path)
         return path
 
     def _make_room(self, newest: Path) -> None:
@@ -95,26 +101,35 @@ def _is_whole(path: Path, size: int | None) -> bool:
 def _raise_again(failed: Path) -> None:
     """Raise the error of a moment ago, of whichever process, so that each image of a lost shard costs no time."""
     try:
-        if time.time() - failed.stat().st_mtime < FAILED_FOR:
-            text = failed.read_text(encoding="utf-8")
+        text = failed.read_text(encoding="utf-8")  # empty if a process was killed as it wrote
+        if text and abs(time.time() - failed.stat().st_mtime) < FAILED_FOR:  # a clock may be set back
             raise FileNotFoundError(text[1:]) if text[0] == "1" else Unread(text[1:])
     except FileNotFoundError as error:
         if error.errno is None:
             raise
 
 
-def _fetch_patiently(url: str, path: Path, size: int | None, sha256: str) -> None:
-    for pause in (*PAUSES, None):
+def _asked(url: str, ask: Callable[[], T]) -> T:
+    """Return what a store answers; ask again while it or the network fails.
+
+    Raises:
+        FileNotFoundError: if nothing is at `url`; Unread: if it failed to the last time.
+    """
+    pauses = list(PAUSES)
+    while True:
         try:
-            _fetch(url, path, size, sha256)
-            return
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{url} is missing") from error
+            return ask()
+        except UserError:
+            raise
         except Exception as error:  # every store's library has errors of its own
-            if pause is None:
-                reason = " ".join(str(error).split()) or type(error).__name__
-                raise Unread(f"{url} cannot be fetched, tried {len(PAUSES) + 1} times: {reason[:120]}") from error
-            time.sleep(pause)
+            # fsspec says of a web server that failed, when asked about a file, that the file is missing.
+            failure = error.__cause__ if isinstance(error, FileNotFoundError) and url.startswith("http") else None
+            if isinstance(error, FileNotFoundError) and (not failure or getattr(failure, "status", 0) in MISSING):
+                raise FileNotFoundError(f"{url} is missing") from error
+            if not pauses:
+                reason = printable(" ".join(str(failure or error).split()))[:120] or type(error).__name__
+                raise Unread(f"{url} cannot be fetched, tried {len(PAUSES) + 1} times: {reason}") from error
+        time.sleep(pauses.pop(0))
 
 
 def _fetch(url: str, path: Path, size: int | None, sha256: str) -> None:
@@ -138,10 +153,11 @@ def version_at(url: str) -> str:
     """Return what changes when another file is put at an address: its size, its time, its tag.
 
     Raises:
-        OSError: if it cannot be asked for; FileNotFoundError: if there is none.
+        Unread: if it cannot be asked for; FileNotFoundError: if there is none.
     """
     filesystem, place = filesystem_of(url)
-    return repr(sorted((key, str(value)) for key, value in filesystem.info(place).items()))
+    about = _asked(url, partial(filesystem.info, place))
+    return repr(sorted((key, str(value)) for key, value in about.items()))
 
 
 def filesystem_of(url: str) -> tuple[Any, str]:

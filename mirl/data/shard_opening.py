@@ -19,6 +19,7 @@ from rich.progress import track
 
 from mirl.data.decode import MODES
 from mirl.data.order import HELD_OUT_SHARDS, WINDOW
+from mirl.data.reading import Unread
 from mirl.data.shard_cache import LIMIT, ShardCache, is_remote, version_at
 from mirl.data.shard_names import INDEX, beside, expand, index_of, is_folder
 from mirl.data.shards import ShardImages
@@ -69,7 +70,8 @@ def _in_folder(folder: str, written: dict[str, Part]) -> list[str]:
     if not names and not is_remote(folder):
         names = sorted(glob(os.path.join(escape(folder), "*.tar")))
     if not names:
-        raise UserError(f"{folder!r} has no {INDEX}; name its shards, such as '{folder}{{000..127}}.tar'")
+        example = beside(index_of(folder), "{000..127}.tar")
+        raise UserError(f"{folder!r} has no {INDEX}; name its shards, such as {example!r}")
     return names
 
 
@@ -82,6 +84,10 @@ def _written(names: Iterable[str], channels: int, store: ShardCache) -> dict[str
             index = Index.load(path)
         except FileNotFoundError:
             continue
+        except UserError:
+            raise
+        except Unread as error:
+            raise UserError(f"{error}; check the address and the network, and start again") from error
         except (ValueError, OSError) as error:
             if is_remote(place):
                 raise UserError(f"{place} cannot be used ({error}); put it there again, or take it away") from error

@@ -16,6 +16,7 @@ from mirl.data.encoded import EncodedImages
 from mirl.data.order import HELD_OUT_SHARDS, WINDOW
 from mirl.data.reading import patiently
 from mirl.data.tar_index import BLOCK, Index, Shard
+from mirl.errors import printable
 
 OPEN_FILES = WINDOW + HELD_OUT_SHARDS  # of a process
 
@@ -41,9 +42,9 @@ class ShardImages(EncodedImages):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_files": OrderedDict()}
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # when Python ends, `os` may be gone
         while getattr(self, "_files", None):
-            os.close(self._files.popitem()[1])
+            close(self._files.popitem()[1])
 
     def shard_of(self, index: int) -> int:
         """Return the number of the shard that has the image."""
@@ -51,8 +52,7 @@ class ShardImages(EncodedImages):
 
     def name_of(self, index: int) -> str:
         """Return a name such as `shards/000000.tar/a/b.jpg`, in a form that can be printed."""
-        name = f"{self.index.shards[self.shard_of(index)].name}/{self.index.members.name(index)}"
-        return os.fsencode(name).decode("utf-8", "backslashreplace")
+        return printable(f"{self.index.shards[self.shard_of(index)].name}/{self.index.members.name(index)}")
 
     def content(self, index: int) -> tuple[bytes, str]:
         """Return the bytes of an image's file and its name in the shard, or raise `BadImage`."""
@@ -74,9 +74,15 @@ class ShardImages(EncodedImages):
         if shard not in self._files:
             if len(self._files) >= OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = patiently(os.open, self.fetched(self.index.shards[shard]), os.O_RDONLY)
+            self._files[shard] = self._opened(self.index.shards[shard])
         self._files.move_to_end(shard)
         return self._files[shard]
+
+    def _opened(self, shard: Shard) -> int:
+        try:
+            return patiently(os.open, self.fetched(shard), os.O_RDONLY)
+        except FileNotFoundError:  # another process may have made room just now
+            return patiently(os.open, self.fetched(shard), os.O_RDONLY)
 
 
 def _part(_: str | os.PathLike[str], file: int, size: int, offset: int) -> bytes:

@@ -24,7 +24,7 @@ from mirl.data.pictures import DecodedPicture, Picture, open_picture
 from mirl.data.shard_names import FORMS, names_shards
 from mirl.data.shard_opening import open_shards
 from mirl.data.walking import read_list, suffix, walk
-from mirl.errors import UserError
+from mirl.errors import UserError, printable
 
 LIST_SUFFIXES = (".txt", ".lst")
 NAMED = 5  # folders that cannot be listed
@@ -109,7 +109,7 @@ class ImageFiles:
         return os.path.join(self.root, self.paths[index])
 
     def name_of(self, index: int) -> str:
-        """Return the file's path in a form that can be printed even if the name is not valid UTF-8."""
+        """Return the file's path, in a form that can be printed."""
         return printable(self.path_of(index))
 
     def read(self, index: int) -> torch.Tensor:
@@ -274,11 +274,6 @@ def not_there(text: str, allowed: str, built_in: Iterable[str]) -> str:
     advice = f"did you mean {similar}?" if similar else f"give {allowed}"
     within = "" if str(path) == os.path.expanduser(text) else f" ({str(path)!r} is missing)"
     return f"{text!r} does not exist{within}; {advice}"
-
-
-def printable(path: str) -> str:
-    """Return a path that can be printed even if it is not valid UTF-8."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _allowed_suffixes(channels: int) -> str:

@@ -209,7 +209,14 @@ class Index:
                 members = Members(*(file.get_tensor(name) for name in ("blocks", "sizes", "letters", "name_ends")))
             index = cls(shards, members, metadata["about"])
             _check(index)
-        except (safetensors.SafetensorError, KeyError, TypeError, AttributeError) as error:
+        except (
+            safetensors.SafetensorError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+        ) as error:
             raise ValueError(" ".join(str(error).split())) from error
         return index
 
@@ -222,7 +229,9 @@ def _check(index: Index) -> None:
         raise ValueError("has tensors of other kinds")
     texts = [value for shard in index.shards for value in (shard.name, shard.sha256, shard.problem)]
     numbers = [value for shard in index.shards for value in (shard.size, shard.count, shard.ignored, shard.changed)]
-    if not all(isinstance(text, str) for text in texts) or not all(isinstance(n, int) and n >= 0 for n in numbers):
+    if not all(isinstance(text, str) and "\0" not in text for text in texts):
+        raise ValueError("has shards without a name")
+    if not all(isinstance(number, int) and number >= 0 for number in numbers) or not isinstance(index.about, dict):
         raise ValueError("has shards that are not described")
     if not len(m.blocks) == len(m.sizes) == len(m.name_ends) == sum(counts):
         raise ValueError("has another number of images")

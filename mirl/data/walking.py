@@ -20,6 +20,7 @@ class Found:
         unreadable: folders that could not be listed.
         looked_at: the folders that were listed, relative to the first, or "" for a list file.
         marks: three numbers for each of `looked_at`, which change when it does.
+        dangling: whether a link leads nowhere; when there is a folder behind it, no mark changes.
         remembered: whether an earlier search is the source.
     """
 
@@ -28,6 +29,7 @@ class Found:
     unreadable: list[str] = field(default_factory=list)
     looked_at: PackedStrings = field(default_factory=PackedStrings)
     marks: "array[int]" = field(default_factory=lambda: array("q"))
+    dangling: bool = False
     remembered: bool = False
 
 
@@ -53,20 +55,19 @@ def walk(folder: str, suffixes: Collection[str]) -> Found:
             if (info.st_dev, info.st_ino) in visited:  # a symbolic link to a folder that was seen, or a loop
                 continue
             visited.add((info.st_dev, info.st_ino))
-            entries, ignored = _entries(path, relative, suffixes)
+            entries = _entries(path, relative, suffixes, found)
         except OSError:
             found.unreadable.append(path)
             continue
         found.looked_at.append(relative)
         found.marks.extend(mark(info))
-        found.ignored += ignored
         waiting += entries
     return found
 
 
-def _entries(path: str, relative: str, suffixes: Collection[str]) -> tuple[list[str], int]:
-    """Return a folder's images and folders, the last first, and the number of its other files; nothing of a run's."""
-    wanted, ignored, of_run = [], 0, set()
+def _entries(path: str, relative: str, suffixes: Collection[str], found: Found) -> list[str]:
+    """Return a folder's images and folders, the last first, and count its other files; nothing of a run's."""
+    wanted, ignored, dangling, of_run = [], 0, False, set()
     with os.scandir(path) as entries:
         for entry in entries:
             name = entry.name
@@ -80,10 +81,12 @@ def _entries(path: str, relative: str, suffixes: Collection[str]) -> tuple[list[
                 wanted.append(relative + name)
             else:
                 ignored += 1
+                dangling = dangling or (entry.is_symlink() and not os.path.exists(entry.path))
     if of_run == RUN:
-        return [], 0  # a run inside the data: its pictures are not images to train on
-    wanted.sort(reverse=True)
-    return wanted, ignored
+        return []  # a run inside the data: its pictures are not images to train on
+    found.ignored += ignored
+    found.dangling |= dangling
+    return sorted(wanted, reverse=True)
 
 
 def read_list(path: str) -> Found:

@@ -18,8 +18,9 @@ def fast_products(model: nn.Module, device: torch.device) -> AbstractContextMana
     where no such context reaches, keep PyTorch's.
     """
     mkl = device.type == "cpu" and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    again = any(getattr(module, "grad_checkpointing", False) for module in model.modules())
-    return _OneDnnProducts() if mkl and not again else nullcontext()
+    if not mkl or any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
+        return nullcontext()
+    return _OneDnnProducts()
 
 
 class _OneDnnProducts(TorchFunctionMode):

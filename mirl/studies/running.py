@@ -9,7 +9,9 @@ from mirl.studies.definition import Study
 from mirl.studies.estimate import Estimate, estimate
 from mirl.studies.figure import draw_figure
 from mirl.studies.results import Found, find_results
+from mirl.studies.stages import runs_folder
 from mirl.studies.table import write_table
+from mirl.training.locking import locked
 from mirl.training.runs import console, duration
 
 
@@ -35,10 +37,18 @@ def run_missing(
     """Run missing cells and publish after each; return what is finished then. Arguments are as `mirl study` has them.
 
     Raises:
-        UserError: on a mistake in the study's options or its data.
+        UserError: on a mistake in the study's options or its data; if another process runs it in the same folder.
         KeyboardInterrupt: after SIGINT or SIGTERM, once the state is saved.
     """
     images = count_images(study, data or study.data) if found.missing else {}
+    with locked(runs_folder(study, runs)):  # only now: a mistake leaves no folder
+        return _run(study, found, images, data, runs, minutes, only_next=only_next)
+
+
+def _run(
+    study: Study, found: Found, images: dict[str, int], data: str | None, runs: Path | None, minutes: float | None, *,
+    only_next: bool,
+) -> Found:  # fmt: skip
     guess, started = estimate(found, data, runs), time.monotonic()
     _say_plan(found, guess)
     while found.missing:

@@ -38,7 +38,7 @@ OWN = {"data", "weights", "model", "seed", "out", "decoder_depth", "depth", "rei
 # Of every training: one process, no page, and saved often enough to lose little when it is killed.
 TRAINING = {"devices": 1, "report": False, "checkpoint_minutes": 2}
 # Options that say where and how fast a command runs, not what comes out of it.
-INDIFFERENT = (FREE | OF_THIS_START | {"data", "weights"}) - {"clip_grad"}
+INDIFFERENT = (FREE | OF_THIS_START | {"data", "weights"}) - {"clip_grad", "rollback"}
 MACHINE: dict[str, Any] = {"gpu": False, "devices": 1, "precision": "32"}  # any will do: none of it decides the outcome
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from mirl.errors import UserError
 from mirl.studies.definition import find_study, read_study
-from mirl.training.locking import locked
 from mirl.training.runs import console
 
 
@@ -37,12 +36,10 @@ def study(
     # They import every command and so PyTorch; a mistake in the file is said before.
     from mirl.studies.results import find_results
     from mirl.studies.running import publish, run_missing
-    from mirl.studies.stages import runs_folder
 
     found = find_results(declared)
     if not table:
-        with locked(runs_folder(declared, runs)):
-            found = run_missing(declared, found, data, runs, minutes, only_next=next)
+        found = run_missing(declared, found, data, runs, minutes, only_next=next)
     path = publish(found)
     console.print(f"\n{path.read_text()}\nsaved {path} and {path.with_suffix('.png').name}", markup=False)
     return path

@@ -41,7 +41,7 @@ def extended(given: Pretraining) -> Pretraining:
             f"{origin} keeps no checkpoint from before its rate decays, at 90 % of its {length} epochs; "
             f"if it is not that far, go on with --out {origin} --resume"
         )
-    out = given.out or str(origin.with_name(f"{origin.name}_{given.epochs}_epochs"))
+    out = str(given.run_folder)
     if Path(out).resolve() == origin.resolve():
         raise UserError(f"--out {out} is the run to extend; give another folder")
     settings = resumed(replace(given, resume_from=None, epochs=None, out=out), saved)

@@ -24,9 +24,10 @@ POSITIVE: tuple[Callable[[Any], bool], str] = (lambda x: 0 < x < math.inf, "more
 NOT_NEGATIVE: tuple[Callable[[Any], bool], str] = (lambda x: 0 <= x < math.inf, "0 or more")
 COUNT: tuple[Callable[[Any], bool], str] = (lambda x: x >= 1, "1 or more")
 SEED: tuple[Callable[[Any], bool], str] = (lambda x: 0 <= x < 2**63, "0 to 2^63 - 1")
+SHARE: tuple[Callable[[Any], bool], str] = (lambda x: 0 <= x <= 1, "0 to 1, or 0% to 100%")
 FRACTION: tuple[Callable[[Any], bool], str] = (lambda x: 0 <= x <= 1, "0 to 1")
 RUN_RANGES: Ranges = {
-    "max_bad": FRACTION, "weight_decay": NOT_NEGATIVE, "checkpoint_minutes": NOT_NEGATIVE, "clip_grad": POSITIVE,
+    "max_bad": SHARE, "weight_decay": NOT_NEGATIVE, "checkpoint_minutes": NOT_NEGATIVE, "clip_grad": POSITIVE,
     "seed": SEED, "workers": NOT_NEGATIVE, "batch_size": COUNT, "micro_batch": COUNT, "evaluate_epochs": COUNT,
     "checkpoint_steps": COUNT, "num_nodes": COUNT,
 }  # fmt: skip
@@ -96,8 +97,8 @@ class RunOptions(Options):
     out, at most 3 times in 1,000 steps; otherwise the run goes on or stops with advice"""
     evaluate_epochs: int | None = None
     """epochs between evaluations with pictures; by default 20 times in a run"""
-    max_bad: float | str = 0.1
-    """share of unusable files above which the run stops, such as 0.01 or 1%"""
+    max_bad: float | str | None = None
+    """share of unusable files above which the run stops, such as 0.01 or 1%; by default 10%"""
     report: bool = True
     """write report.html at the end, however the run ends"""
 
@@ -237,6 +238,7 @@ def resolve_run(
         "precision": precision,
         "workers": default_workers(cores, gpu) if given.workers is None else given.workers,
         "evaluate_epochs": given.evaluate_epochs or max(1, epochs // 20),
+        "max_bad": 0.1 if given.max_bad is None else given.max_bad,
     }
 
 

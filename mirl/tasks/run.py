@@ -18,7 +18,7 @@ from mirl.tasks.options import ResolvedRun, restarts
 from mirl.training import loop
 from mirl.training.checkpoints import last_good, saved_steps
 from mirl.training.files import fault_of_disk
-from mirl.training.processes import Fabric, together
+from mirl.training.processes import Fabric, from_all, together
 from mirl.training.runs import RunFolder, duration
 from mirl.training.saving import Progress, restore
 from mirl.training.schedules import undecayed_steps
@@ -138,7 +138,8 @@ def _train(fabric: Fabric, settings: ResolvedRun, task: RunnableTask[B], run: Ru
     steps = steps_per_epoch * settings.epochs
     task.shard(fabric)
     optimizer = task.optimizer()
-    begun = settings.resume or saved_steps(run.checkpoints)  # by an earlier start, or by the run that this one extends
+    # By an earlier start, or by the run that this one extends.
+    begun = settings.resume or any(from_all(fabric, saved_steps(run.checkpoints)))
     progress = restore(fabric, run, task, optimizer, task.samples) if begun else Progress()
     run.forget_after(progress.step or -1)  # a run that starts again evaluates again before its first step
     if not progress.step:

@@ -29,10 +29,11 @@ from mirl.data.tar_index import Index
 from mirl.errors import UserError
 from mirl.tasks.options import available_cores
 from mirl.training.files import atomic
+from mirl.training.locking import LOCK, locked
 from mirl.training.runs import console
 
 MADE_BY, SKIPPED = "shard.json", "skipped.csv"
-OURS = re.compile(rf"\d{{6,}}\.(tar|index)|{re.escape(INDEX)}|{re.escape(MADE_BY)}|{re.escape(SKIPPED)}")
+OURS = re.compile("|".join([r"\d{6,}\.(tar|index)", *map(re.escape, (INDEX, MADE_BY, SKIPPED))]))
 
 
 def shard(
@@ -78,14 +79,16 @@ def shard(
         "seed": seed, "channels": channels,
     }  # fmt: skip
     try:
-        before = _claim(folder, made_by)
-        per_shard = before or images_per_shard(source, order, shard_mib * 2**20, resize, channels)
-        _write_json(folder / MADE_BY, made_by | {"per_shard": per_shard})
-        plan = Plan(source, folder, order, per_shard, resize, channels)
-        if not (folder / INDEX).exists():
-            _write_shards(plan, available_cores() if workers is None else workers)
-            _finish(plan, made_by)
-        _tell(folder, plan)
+        _claim(folder, made_by)  # before a lock is written in a folder of something else
+        with locked(folder):
+            before = _claim(folder, made_by)
+            per_shard = before or images_per_shard(source, order, shard_mib * 2**20, resize, channels)
+            _write_json(folder / MADE_BY, made_by | {"per_shard": per_shard})
+            plan = Plan(source, folder, order, per_shard, resize, channels)
+            if not (folder / INDEX).exists():
+                _write_shards(plan, available_cores() if workers is None else workers)
+                _finish(plan, made_by)
+            _tell(folder)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot write {folder}: {reason}; mend that and start again, it goes on") from error
@@ -114,7 +117,7 @@ def _digest(source: Source) -> str:
 def _claim(folder: Path, made_by: dict[str, Any]) -> int | None:
     """Return the images of a shard in a folder of the same command, None for an empty one; refuse any other."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = {entry.name for entry in os.scandir(folder)}
+    names = {entry.name for entry in os.scandir(folder)} - {LOCK}
     if not names:
         return None
     if others := sorted(name for name in names if not OURS.fullmatch(name.removesuffix(".tmp"))):
@@ -222,8 +225,16 @@ def _finish(plan: Plan, made_by: dict[str, Any]) -> None:
         plan.index(number).unlink(missing_ok=True)
 
 
-def _tell(folder: Path, plan: Plan) -> None:
-    index = Index.load(folder / INDEX)
+def _tell(folder: Path) -> None:
+    try:
+        index = Index.load(folder / INDEX)
+        changed = [shard.name for shard in index.shards if (folder / shard.name).stat().st_size != shard.size]
+    except (ValueError, FileNotFoundError) as error:
+        changed = [str(error)]
+    if changed:
+        raise UserError(
+            f"{folder} was written before, and is not whole any more ({changed[0]}); delete it to write it again"
+        )
     size, skipped = sum(shard.size for shard in index.shards), index.about["skipped"]
     console.print(
         f"saved {len(index.members)} images in {len(index.shards)} shards ({size / 2**20:.4g} MiB), each checked; use "

@@ -104,16 +104,17 @@ def tidy(folder: Path, step: int) -> None:
     kept = {path for earlier in steps for path in known[earlier]}
     ours = {path for path in folder.glob("step_*") if FORM.fullmatch(path.name)}  # and not a copy of a user's
     for path in (ours | set(folder.glob("*.tmp"))) - kept:
-        _delete(path)
+        delete(path)
 
 
 def forget_after(folder: Path, step: int) -> None:
     """Delete the checkpoints of later steps, which a rollback undoes."""
     for path in (path for later, paths in saved(folder).items() if later > step for path in paths):
-        _delete(path)
+        delete(path)
 
 
-def _delete(path: Path) -> None:
+def delete(path: Path) -> None:
+    """Delete a checkpoint, or what a kill has left of one."""
     if path.is_dir():
         (path / MANIFEST).unlink(missing_ok=True)  # first: what is left of it is none
         shutil.rmtree(path, ignore_errors=True)

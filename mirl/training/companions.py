@@ -28,7 +28,7 @@ STARTER = "MIRL_STARTED_BY"
 BROKEN = re.compile("gloo|NCCL|Connection (was )?(closed|reset|refused)|Broken pipe", re.IGNORECASE)
 LATE = re.compile("timed out|timeout", re.IGNORECASE)
 
-_others: list[subprocess.Popen[bytes]] = []  # local ranks 1, 2, ...
+_others: dict[int, subprocess.Popen[bytes]] = {}  # by rank among all
 _meetings = 0  # blocks of `together` that this process is in
 
 
@@ -46,7 +46,7 @@ def start_others(count: int, num_nodes: int, node: int, address: str, port: int)
     }  # fmt: skip
     for rank in range(1, count):
         environment = os.environ | {"LOCAL_RANK": str(rank), STARTER: str(os.getpid())}
-        _others.append(subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environment))
+        _others[node * count + rank] = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environment)
     threading.Thread(target=_watch, args=(count * num_nodes,), daemon=True).start()
 
 
@@ -65,8 +65,8 @@ def meet_again(backend: str) -> None:
 
 def _watch(world_size: int) -> None:
     """End this process some time after another has failed, if it does not end by itself."""
-    while not any(process.poll() for process in _others):
-        if all(process.poll() == 0 for process in _others):
+    while not any(process.poll() for process in _others.values()):
+        if all(process.poll() == 0 for process in _others.values()):
             return
         time.sleep(1)
     time.sleep(GRACE)
@@ -107,7 +107,7 @@ def _what_happened(world_size: int, error: str) -> str:
     remedy = "all have stopped and the last checkpoint is kept: "
     restarts = "torchrun goes on from it if --max-restarts allows, else add --resume"
     remedy += restarts if "TORCHELASTIC_MAX_RESTARTS" in os.environ else "add --resume to go on"
-    ended = {rank: code for rank, process in enumerate(_others, 1) if (code := process.poll())}
+    ended = {rank: code for rank, process in _others.items() if (code := process.poll())}
     if _orphaned():
         ended = {0: 0}
     for rank, code in ended.items():
@@ -142,7 +142,7 @@ def _speaks(rank: int) -> bool:
 def _end_others() -> None:
     """Let the other processes of this machine leave; kill those that hang."""
     until = time.monotonic() + 5
-    for process in _others:
+    for process in _others.values():
         try:
             process.wait(max(0, until - time.monotonic()))
         except subprocess.TimeoutExpired:

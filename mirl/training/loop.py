@@ -91,6 +91,7 @@ def fit(
         advise=fabric.device.type == "cuda",
     )
     with stop_signals(fabric) as stop_requested, monitor, settling(task):
+        keep_undecayed(fabric, run, progress, plan)  # a kill may have come between the checkpoint and its copy
         if start == 0:
             with task.whole():
                 evaluate(fabric, task, held_out, run, monitor, progress, plan)
@@ -135,16 +136,18 @@ def fit(
                 monitor.scalars("gradients", {f"{i:02}": norm for i, norm in enumerate(step.blocks)}, progress.step)
             monitor.step(row)
             ended = progress.step == plan.steps
-            if trouble is None and (progress.step % plan.evaluate_every == 0 or ended):
+            goes_on = trouble is None or not (trouble.fatal or plan.rollback)
+            if goes_on and (progress.step % plan.evaluate_every == 0 or ended):
                 with task.whole():
                     evaluate(fabric, task, held_out, run, monitor, progress, plan)
             signal_number = stop_requested()
             due = due or fabric.broadcast(time.monotonic() - saved_at > plan.checkpoint_seconds)
             due = due or progress.step % plan.checkpoint_steps == 0 or progress.step == plan.undecayed
             saving = due or ended or signal_number
-            if trouble is None and saving and not is_finite(fabric, task, optimizer):
+            if goes_on and saving and not is_finite(fabric, task, optimizer):
                 trouble = Trouble(progress.step, f"the weights are not finite after step {progress.step}")
             if trouble and plan.rollback:
+                task.settle()  # or it would record steps that are undone
                 roll_back(fabric, run, task, optimizer, progress, trouble, plan.samples)
                 monitor.rewind(progress.step)
                 watch, batches = Watch(progress.losses, scaled=scaled), iter(training(progress))
@@ -156,9 +159,9 @@ def fit(
             # What may have to be undone is not kept; but a run has an end, and a longer one its beginning.
             held = plan.rollback and watch.began is not None and progress.step not in (plan.steps, plan.undecayed)
             if saving and not held:
+                task.settle()  # what was recorded after this could be lost: the step is not done again
                 save(fabric, run, task, optimizer, progress, plan.samples)
-                if progress.step == plan.undecayed and fabric.is_global_zero:
-                    checkpoints.keep_undecayed(run.checkpoints, progress.step)
+                keep_undecayed(fabric, run, progress, plan)
                 saved_at, due = time.monotonic(), False
             if signal_number and not ended:
                 what = f"in trouble and so not saved, {checkpoints.last_good(run.checkpoints)}" if held else "saved"
@@ -175,6 +178,14 @@ def settling(task: Task[B]) -> Iterator[None]:
         yield
     finally:
         task.settle()
+
+
+def keep_undecayed(fabric: Fabric, run: RunFolder, progress: Progress, plan: Plan) -> None:
+    """Keep the checkpoint just written or read, if it is the one from which a longer run can go on."""
+    if progress.step == plan.undecayed:
+        with as_one(fabric):
+            if fabric.is_global_zero:
+                checkpoints.keep_undecayed(run.checkpoints, progress.step)
 
 
 def report_skipped(run: RunFolder, progress: Progress, culprits: list[str]) -> None:

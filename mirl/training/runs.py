@@ -82,7 +82,7 @@ class RunFolder:
                     f"{self.path} holds a run; add --resume to go on, --overwrite to start again, or another --out"
                 )
             if overwrite and is_run:
-                for name in ENTRIES:
+                for name in reversed(ENTRIES):  # what makes it a run last: a kill in here leaves one
                     entry = self.path / name
                     folder = entry.is_dir() and not entry.is_symlink()
                     shutil.rmtree(entry) if folder else entry.unlink(missing_ok=True)

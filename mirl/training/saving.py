@@ -7,7 +7,7 @@ import torch
 from mirl.data.loading import B, batch_of
 from mirl.errors import UserError
 from mirl.training import checkpoints, sharded
-from mirl.training.processes import Fabric, as_one
+from mirl.training.processes import Fabric, as_one, from_all
 from mirl.training.runs import RunFolder
 from mirl.training.steps import Task
 
@@ -76,6 +76,13 @@ def restore(fabric: Fabric, run: RunFolder, task: Task[B], optimizer: torch.opti
     """
     with as_one(fabric):
         state = checkpoints.load_newest(run.checkpoints, run.say, read=checkpoints.load_in_parts)
+    steps = sorted(set(from_all(fabric, state["step"] if state else 0)))
+    with as_one(fabric):
+        if len(steps) > 1:
+            raise UserError(
+                f"processes read checkpoints of different steps in {run.checkpoints}, {' and '.join(map(str, steps))}; "
+                "let all machines see the same --out, then add --resume"
+            )
         if state is None:
             run.say("no checkpoint was written yet; starting at step 0")
             return Progress()

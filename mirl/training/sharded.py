@@ -7,7 +7,6 @@ Weights are gathered for one part of the model at a time (`Task.parts`), when it
 import copy
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from mirl.training import checkpoints
+from mirl.training.files import sync
 from mirl.training.integrity import MANIFEST, digest
 from mirl.training.parts import REST, Rows, leaves, part_name, without
 from mirl.training.processes import Fabric, as_one, from_all, full
@@ -92,7 +92,7 @@ def save(fabric: Fabric, folder: Path, step: int, state: dict[str, Any]) -> None
     temporary = path.with_name(path.name + ".tmp")
     with as_one(fabric), checkpoints.faults_named(path):
         if fabric.is_global_zero:
-            shutil.rmtree(temporary, ignore_errors=True)
+            checkpoints.delete(temporary)
             temporary.mkdir(parents=True)
     shards = {place: value for place, value in leaves(state) if isinstance(value, DTensor)}
     mine = {}
@@ -109,23 +109,16 @@ def save(fabric: Fabric, folder: Path, step: int, state: dict[str, Any]) -> None
         if fabric.is_global_zero:
             manifest = temporary / MANIFEST
             manifest.write_text(json.dumps({"version": checkpoints.VERSION, "step": step, "files": files}, indent=1))
-            _sync(manifest)
-            shutil.rmtree(path, ignore_errors=True)
+            sync(manifest)
+            sync(temporary)
+            checkpoints.delete(path)
             os.replace(temporary, path)
-            _sync(folder)
+            sync(folder)
             checkpoints.tidy(folder, step)
 
 
 def _write(path: Path, state: dict[Any, Any]) -> str:
     with open(path, "wb") as file:  # PyTorch itself says of a full disk that a position is unexpected
         torch.save(state, file)
-    _sync(path)
+    sync(path)
     return digest(path)
-
-
-def _sync(path: Path) -> None:
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

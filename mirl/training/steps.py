@@ -98,7 +98,7 @@ class Task(ABC, Generic[B]):
         """Write pictures after an evaluation; called in the first process only."""
 
     def settle(self) -> None:
-        """Wait for what is computed beside the training; called before the run ends, in every process."""
+        """Wait for what is computed beside the training; called in every process, also before each checkpoint."""
 
     @abstractmethod
     def example(self, size: int) -> B:

@@ -1,6 +1,7 @@
 """Hugging Face data sets are read by their own package, and their images decoded by ours."""
 
 import io
+import socket
 
 import numpy as np
 import pytest
@@ -61,7 +62,27 @@ def test_a_folder_of_parquet_files_and_one_that_was_saved(datasets, tmp_path):
     assert error("hf:labels") == "hf:labels has no column of images; it has label"
 
 
+def test_a_table_that_another_program_wrote(datasets, tmp_path):
+    cells = [{"bytes": encoded(i), "path": "same.png"} for i in range(2)]
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for name, column in (("structs", cells), ("plain", [cell["bytes"] for cell in cells])):
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.table({"label": [0, 1], "picture": column}), tmp_path / name / "a.parquet")
+        assert open_source(f"hf:{name}").read(1).shape == (3, 8, 9)
+
+
+def test_nothing_is_asked_of_the_network_without_download(datasets, monkeypatch):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # as it is for users
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **__: asked.append(host) or [])
+    assert "add --download" in error("hf:no/such_set")
+    assert not asked
+
+
 def test_what_is_not_there_is_said_in_one_line(datasets, tmp_path):
+    assert error("hf:").startswith("hf: names no data set; give hf:NAME")
+    assert error("hf:nothing/").startswith("hf:nothing/ does not exist; give a folder")
     (tmp_path / "empty").mkdir()
     assert error("hf:empty").startswith("'empty' has no .parquet or .arrow files")
     assert error("hf:no/such_set").endswith("check the name, or add --download to fetch it")

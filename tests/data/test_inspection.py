@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,6 +141,38 @@ def test_a_process_that_is_killed_by_chance_costs_no_file(tmp_path):
         return member
 
     assert sorted(scan(once, np.arange(64), processes=1, timeout=60)) == [(n, n) for n in range(64)]
+
+
+def test_the_processes_end_when_their_parent_is_killed(tmp_path):
+    def slow(member):
+        (tmp_path / str(os.getpid())).touch()
+        time.sleep(0.01)
+        return member
+
+    parent = os.fork()
+    if not parent:
+        for _ in scan(slow, np.arange(100_000), processes=2, timeout=60):
+            pass
+        os._exit(0)
+    while len(list(tmp_path.iterdir())) < 2:
+        time.sleep(0.01)
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    running = [Path("/proc", path.name) for path in tmp_path.iterdir()]
+    end = time.monotonic() + 10
+    while any(is_running(process) for process in running) and time.monotonic() < end:
+        time.sleep(0.05)
+    left = [int(process.name) for process in running if is_running(process)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
+
+
+def is_running(process):
+    try:
+        return ") Z " not in (process / "stat").read_text()
+    except OSError:
+        return False
 
 
 def test_a_machine_on_which_nothing_can_be_read_is_said(monkeypatch):

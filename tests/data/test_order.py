@@ -89,6 +89,8 @@ def test_what_is_looked_at_is_in_the_first_shards():
 
     assert looked_at(Source(), 64)[-1] < ENDS[3]
     assert looked_at(range(COUNT), 64)[-1] == COUNT - 1
+    Source.ends = np.array([0, 0, 0, 0, 5, 5, 9])  # the first are missing
+    assert looked_at(Source(), 64).tolist() == list(range(9))
 
 
 def test_empty_shards_are_passed_over():

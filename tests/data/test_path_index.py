@@ -10,6 +10,7 @@ from PIL import Image
 
 from mirl.data import path_index
 from mirl.data.sources import open_source
+from mirl.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +105,16 @@ def test_what_changed_just_now_is_not_remembered(place):
     assert index_files(place) == []
 
 
+def test_a_link_to_a_disk_that_is_not_there_yet_is_not_remembered(place):
+    (place / "photos" / "c").symlink_to(place / "disk")
+    old(place / "photos" / "a")
+    os.utime(place / "photos", (1, 1))
+    assert len(open_source("photos")) == 3
+    (place / "disk").mkdir()
+    (place / "disk" / "7.png").write_bytes(b"")
+    assert names(open_source("photos"))[-1] == "photos/c/7.png"
+
+
 def test_few_paths_are_not_remembered(place, monkeypatch):
     monkeypatch.setattr(path_index, "FROM", 4)
     open_source("photos")
@@ -130,6 +141,12 @@ def test_a_cache_that_cannot_be_written_is_no_error(place, monkeypatch):
     assert len(open_source("photos")) == 3
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     assert len(open_source("photos")) == 3
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)  # that of nobody, as in some containers
+    assert len(open_source("photos")) == 3
+    with pytest.raises(UserError, match="set XDG_CACHE_HOME to a folder"):
+        path_index.cache_folder()
 
 
 def test_workers_read_from_a_remembered_folder(place):

@@ -24,8 +24,22 @@ class Handler(SimpleHTTPRequestHandler):
 
     asked: ClassVar[list[str]] = []
     faults: ClassVar[list[str]] = []
+    index_busy: ClassVar[int] = 0  # so many answers about the index, GET or HEAD
+
+    def do_HEAD(self):
+        if not self.is_busy():
+            super().do_HEAD()
+
+    def is_busy(self):
+        if not (type(self).index_busy and self.path.endswith("index.safetensors")):
+            return False
+        type(self).index_busy -= 1
+        self.send_error(503)
+        return True
 
     def do_GET(self):
+        if self.is_busy():
+            return
         type(self).asked.append(self.path)
         fault = type(self).faults.pop(0) if type(self).faults and self.path.endswith(".tar") else ""
         if fault == "busy":
@@ -50,7 +64,7 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(shard_cache, "PAUSES", (0.01, 0.01))
     mirl.shard("shapes:24:32", str(tmp_path / "s"), shard_mib=0.008, workers=0)
-    Handler.asked, Handler.faults = [], []
+    Handler.asked, Handler.faults, Handler.index_busy = [], [], 0
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path)))
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -85,8 +99,39 @@ def test_a_fetch_is_tried_again_until_the_bytes_are_right(server, tmp_path):
         with pytest.raises(BadImage, match=r"cannot be fetched, tried 3 times: it has another checksum"):
             source.read(last)
     assert len(tars()) == 6  # its other images do not ask again for a while
-    os.utime(next((tmp_path / "cache").rglob("*.failed")), (1, 1))
+    failed = next((tmp_path / "cache").rglob("*.failed"))
+    failed.write_text("")  # by a process that was killed as it wrote
     assert source.read(last).shape == (3, 32, 32)
+
+
+def test_an_index_that_cannot_be_fetched_is_not_taken_for_none(server, tmp_path):
+    data = f"{server}/s/{{000000..000001}}.tar"
+    Handler.index_busy = 100
+    with pytest.raises(UserError) as caught:
+        open_source(data)
+    assert str(caught.value).startswith(f"{server}/s/index.safetensors cannot be fetched, tried 3 times: 503, ")
+    assert str(caught.value).endswith("; check the address and the network, and start again")
+    Handler.index_busy = 2  # one HEAD and one GET
+    assert len(open_source(data)) > 0 and not tars()
+
+
+def test_addresses_of_other_kinds_are_refused(server):
+    with pytest.raises(UserError, match=r"^'ftp://.*' has an address of another kind; give one that begins with http"):
+        open_source("ftp://host/s/")
+
+
+def test_a_shard_that_another_process_deletes_as_it_is_opened_is_fetched_again(server):
+    source = open_source(f"{server}/s/")
+    fetched, deleted = source.fetched, []
+
+    def makes_room(shard):
+        path = fetched(shard)
+        if not deleted:
+            deleted.append(os.unlink(path))
+        return path
+
+    source.fetched = makes_room
+    assert source.read(0).shape == (3, 32, 32) and len(tars()) == 2
 
 
 def test_a_missing_shard_is_not_asked_for_again_and_again(server, tmp_path):

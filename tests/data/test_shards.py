@@ -5,18 +5,20 @@ import os
 import pickle
 import tarfile
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import save
 
 from mirl.data import shard_names
 from mirl.data.decode import BadImage
 from mirl.data.shard_names import expand
 from mirl.data.shards import ShardImages
 from mirl.data.sources import open_source, opened
-from mirl.data.tar_index import Index, scan
+from mirl.data.tar_index import FORMAT, Index, scan
 from mirl.errors import UserError
 
 
@@ -235,9 +237,9 @@ def test_an_index_of_a_stranger_is_checked(tmp_path):
     good.save(tmp_path / "index")
     assert list(Index.load(tmp_path / "index").members.rows()) == list(good.members.rows())
 
-    def broken(**changed):
+    def broken(shard=good.shards[0], about=None, **changed):
         values = {name: getattr(good.members, name) for name in ("blocks", "sizes", "letters", "name_ends")}
-        Index(good.shards, type(good.members)(**values | changed), {}).save(tmp_path / "index")
+        Index((shard,), type(good.members)(**values | changed), {} if about is None else about).save(tmp_path / "index")
         with pytest.raises(ValueError):
             Index.load(tmp_path / "index")
 
@@ -247,6 +249,13 @@ def test_an_index_of_a_stranger_is_checked(tmp_path):
     broken(blocks=good.members.blocks.astype(np.float32))
     broken(name_ends=good.members.name_ends[::-1].copy())
     broken(name_ends=good.members.name_ends + 99)
+    broken(about=[])
+    broken(shard=replace(good.shards[0], size=2**70))
+    broken(shard=replace(good.shards[0], name="a\0.tar"))
+    (tmp_path / "index").write_bytes(save({"x": np.zeros(1)}, {FORMAT: "[" * 100_000}))
+    with pytest.raises(ValueError):
+        Index.load(tmp_path / "index")
+    good.save(tmp_path / "index")
     bytes_of = (tmp_path / "index").read_bytes()
     generator = np.random.default_rng(0)
     for _ in range(100):

@@ -165,7 +165,7 @@ def test_names_that_are_not_utf8(photos):
         pytest.skip("this file system wants valid names")
     source = open_source("photos")
     index = next(index for index in range(len(source)) if "xff" in source.name_of(index))
-    source.name_of(index).encode("utf-8")
+    assert source.name_of(index) == r"photos/\xff\n.png"  # a line of a log or a list, which steers no terminal
     assert source.read(index).shape == (3, 3, 4)
 
 

@@ -17,12 +17,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 IMPORTED = (
     *("mirl.cli", "mirl.tasks.pretrain", "mirl.tasks.finetune", "mirl.tasks.detect", "mirl.tasks.segment"),
-    *("mirl.tasks.convert", "mirl.studies.study", "jsonargparse", "jsonargparse.typing", "torch._dynamo"),
+    *("mirl.tasks.convert", "mirl.studies.study", "jsonargparse", "jsonargparse.typing"),
     *("tensorboard.compat.proto.event_pb2", "torch.utils.tensorboard", "matplotlib.backends.backend_agg", "rich.live"),
     *("sklearn.linear_model", "sklearn.metrics"),
 )
@@ -125,7 +127,7 @@ def serve(path: str) -> None:
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, "a process of several threads must not be forked"
     gc.collect()
-    gc.freeze()  # else each fork copies what it looks through when it ends: two seconds
+    gc.freeze()  # a fork that looked through all of it would copy it
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     listener.listen()
@@ -138,6 +140,7 @@ def serve(path: str) -> None:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             attend(connection)
         connection.close()
+    os._exit(0)
 
 
 def attend(connection: socket.socket) -> None:
@@ -178,7 +181,23 @@ def become(arguments, environment, cwd, files, patches, program) -> None:
         module, _, attribute = name.rpartition(".")
         setattr(importlib.import_module(module), attribute, value)
     module, _, function = program.partition(":")
-    sys.exit(getattr(importlib.import_module(module), function)())
+    code: object = 1
+    try:
+        code = getattr(importlib.import_module(module), function)()
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    leave(code)
+
+
+def leave(code: object) -> None:
+    """End as the interpreter does, but do not take apart all modules first: that takes longer than a tiny run."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,27 @@ def test_an_extension_killed_while_it_takes_over_the_first_run_goes_on(short, tm
     assert "resumed at step 11 of 18" in (extended / "log.txt").read_text()
 
 
+def test_a_kill_before_the_undecayed_checkpoint_is_kept_loses_nothing(short, tiny, tmp_path, monkeypatch):
+    options = tiny | STEP | {"out": str(tmp_path / "killed")}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mirl.training.checkpoints.keep_undecayed", Mock(side_effect=KeyboardInterrupt))
+        mirl.pretrain(**options)
+    run = mirl.pretrain(out=options["out"], resume=True)
+    kept = [torch.load(folder / "checkpoints" / UNDECAYED, weights_only=True) for folder in (run, short)]
+    torch.testing.assert_close(kept[0]["model"], kept[1]["model"], rtol=0, atol=0)
+
+
+def test_an_extension_that_is_started_again_goes_on(short, tmp_path, monkeypatch):
+    copy = shutil.copytree(short, tmp_path / "short")
+    options = {"resume_from": str(copy), "epochs": 3, "report": False}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mirl.training.loop.evaluate", Mock(side_effect=KeyboardInterrupt))
+        mirl.pretrain(**options)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    extended = mirl.pretrain(**options)
+    assert "restart 1: resumed at step" in (extended / "log.txt").read_text()
+
+
 def test_the_first_run_is_left_alone_and_the_folder_named_after_it(short, tmp_path):
     copy = shutil.copytree(short, tmp_path / "short")
     before = sorted((path, path.stat().st_mtime_ns) for path in copy.rglob("*"))

@@ -4,19 +4,15 @@ import json
 import re
 import signal
 import subprocess
-import sys
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from tiny_runs import (
-    COMMAND,
-    ENVIRONMENT,
     assert_one_line,
     command,
     finish,
-    flags,
     losses,
     ranks,
     rows,
@@ -32,7 +28,7 @@ HEADS = {
     "data": "shapes:24:32", "epochs": 1, "batch_size": 8, "width": 16, "precision": "32", "workers": 0, "report": False,
 }  # fmt: skip
 LOST = r"the last checkpoint is kept: add --resume to go on"
-PATIENCE = {f"mirl.training.{module}.PATIENCE": timedelta(seconds=6) for module in ("companions", "processes")}
+PATIENCE = {f"mirl.training.{module}.PATIENCE": timedelta(seconds=3) for module in ("companions", "processes")}
 
 
 @pytest.fixture
@@ -59,8 +55,8 @@ def assert_near(left, right):
 
 @pytest.mark.parametrize("objective", [{}, {"feature": "ema", "extra_share": 1.0, "warmup_epochs": 0.0}], ids=str)
 def test_two_and_four_processes_equal_one(options, tmp_path, objective):
-    """One image is held out: the other processes have none to evaluate."""
-    options |= objective
+    """Two images are held out: of four processes, two have none to evaluate."""
+    options |= {"data": "shapes:80", "batch_size": 16} | objective
     one = mirl.pretrain(**options)
     for count in (2,) if objective else (2, 4):
         several = tmp_path / str(count)
@@ -125,19 +121,16 @@ def test_two_processes_judge_every_image_once(kind, more, vit, tmp_path):
 
 
 def test_the_command_starts_its_processes_and_names_the_one_that_was_lost(options):
-    """As users start it: one command, which starts the other process itself."""
+    """One command, which starts the other process by itself as a new one."""
     options |= {"epochs": 50, "checkpoint_steps": 1}
-    process = subprocess.Popen(
-        [sys.executable, COMMAND, "pretrain", *flags(options), "--devices=2"], env=ENVIRONMENT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    process = command(options, "--devices=2", pictures=False)
     wait_for_rows(options["out"], 2, lambda: process.poll() is None)
     (other,) = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     subprocess.run(["kill", "-9", other])
-    _, errors = process.communicate(timeout=60)
+    code, _, errors = finish(process)
     lost = "rank 1 of 2 processes was lost (killed by SIGKILL); all have stopped and"
     assert errors == f"mirl pretrain: error: {lost} {LOST}\n"
-    assert process.returncode == 1
+    assert code == 1
     assert list(Path(options["out"], "checkpoints").glob("step_*")) and not other_alive(other)
 
 
@@ -164,7 +157,7 @@ def test_when_a_rank_hangs_the_others_do_not_wait_for_ever(options):
     code, _, errors = finish(first)
     second.kill()
     assert code == 1
-    assert re.search(rf"one of 2 processes did not answer for 0.1 minutes, it hangs or was stopped; .*{LOST}", errors)
+    assert re.search(rf"one of 2 processes did not answer for 0.05 minutes, it hangs or was stopped; .*{LOST}", errors)
 
 
 def test_restarted_by_torchrun_the_run_goes_on_by_itself(options, tmp_path):

@@ -7,7 +7,7 @@ import shutil
 import signal
 from pathlib import Path
 
-import kills
+import killing
 import pytest
 import torch
 from PIL import Image
@@ -31,13 +31,19 @@ from mirl.training.checkpoints import checkpoint_path, saved_steps
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
-KILLED = kills.KILLED_RUN | {"epochs": 12}  # 24 steps
+KILLED = killing.KILLED_RUN | {"epochs": 12}  # 24 steps
 
 
 @pytest.fixture
 def options(tiny, tmp_path):
     """Options of a run of 24 steps that saves after each of them."""
-    return tiny | {"out": str(tmp_path / "run"), "epochs": 4, "checkpoint_minutes": 0.0, "evaluate_epochs": 2}
+    return tiny | {
+        "out": str(tmp_path / "run"),
+        "epochs": 4,
+        "checkpoint_minutes": 0.0,
+        "evaluate_epochs": 2,
+        "block_figures": False,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +67,7 @@ def log(options):
 def twice(tmp_path_factory):
     """Two runs of the same command, not interrupted."""
     folders = [tmp_path_factory.mktemp("twice") / name for name in ("one", "two")]
-    for process in [kills.start(KILLED | {"out": str(folder), "workers": 0}, resume=False) for folder in folders]:
+    for process in [killing.start(KILLED | {"out": str(folder), "workers": 0}, resume=False) for folder in folders]:
         assert finish(process)[0] == 0
     return folders
 
@@ -75,9 +81,9 @@ def test_killed_at_random_moments_equals_uninterrupted(number, count, twice, tmp
     """In a step, a save, an evaluation or a start; each time other numbers of data workers go on."""
     seed = random.randrange(10**6)
     options = KILLED | {"out": str(tmp_path / "run")}
-    phases = list(kills.survive(options, count, number=number, seed=seed))
-    print(f"seed {seed}: {kills.table(phases)}")  # pytest shows it if the test fails
-    process = kills.start(options | {"workers": 1}, resume=True)
+    phases = list(killing.survive(options, count, number=number, seed=seed))
+    print(f"seed {seed}: {killing.table(phases)}")  # pytest shows it if the test fails
+    process = killing.start(options | {"workers": 1}, resume=True)
     code, output, errors = finish(process)
     assert (code, errors) == (0, "") and "done:" in output
     assert_identical(options["out"], twice[0])
@@ -88,7 +94,7 @@ def test_killed_at_random_moments_equals_uninterrupted(number, count, twice, tmp
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_says_how_to_go_on(options, uninterrupted, number, code):
-    options |= {"checkpoint_minutes": 10, "workers": 1}
+    options |= {"checkpoint_minutes": 10, "workers": 1, "block_figures": True}
     process = command(options)
     wait_for_rows(options["out"], 3, lambda: process.poll() is None)
     # To the data workers as well, as a terminal, `timeout` and Slurm do.

@@ -22,6 +22,7 @@ import mirl
 from mirl.data import shard_writing
 from mirl.data.sources import open_source
 from mirl.errors import UserError
+from mirl.training.locking import LOCK, take_lock
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def photos(tmp_path, monkeypatch):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != LOCK}
 
 
 def members(folder):
@@ -200,6 +201,39 @@ def test_mistakes_are_said_in_one_line(photos, tmp_path):
     assert error("bad", "new") == (
         "none of the first 1 images can be read, e.g. bad/x.jpg is not an image; check the data"
     )
+
+
+def test_a_folder_that_another_process_writes_is_left_alone(photos, tmp_path):
+    (tmp_path / "out").mkdir()
+    ready, told = os.pipe()
+    child = os.fork()
+    if not child:
+        lock = take_lock(tmp_path / "out")
+        os.write(told, b"x")
+        time.sleep(60 if lock else 0)
+        os._exit(0)
+    os.read(ready, 1)
+    try:
+        with pytest.raises(UserError, match=f"^out is in use by process {child} on "):
+            mirl.shard("photos", "out", workers=0)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK]
+    mirl.shard("photos", "out", workers=0)
+
+
+def test_shards_that_were_lost_since_are_not_called_whole(photos, tmp_path):
+    mirl.shard("photos", "out", shard_mib=0.05, workers=0)
+    os.truncate(tmp_path / "out" / "000001.tar", 512)
+    with pytest.raises(UserError) as caught:
+        mirl.shard("photos", "out", shard_mib=0.05, workers=0)
+    assert str(caught.value) == (
+        "out was written before, and is not whole any more (000001.tar); delete it to write it again"
+    )
+    (tmp_path / "out" / "000001.tar").unlink()
+    with pytest.raises(UserError, match=r"not whole any more \(.*000001.tar"):
+        mirl.shard("photos", "out", shard_mib=0.05, workers=0)
 
 
 def test_a_disk_that_reads_something_else_is_noticed(photos, monkeypatch):

@@ -22,8 +22,8 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def start(processes, out, **options):
-    """Start `mirl pretrain` as torchrun does."""
+def start(processes, *outs, **options):
+    """Start `mirl pretrain` as torchrun does; each process may see another folder."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -32,9 +32,9 @@ def start(processes, out, **options):
         "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "GROUP_WORLD_SIZE": "1", "GROUP_RANK": "0",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
     }  # fmt: skip
-    arguments = ["pretrain", *flags(OPTIONS | options | {"out": out})]
     ranks = [environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-    return [server().start(arguments, rank) for rank in ranks]
+    arguments = [["pretrain", *flags(OPTIONS | options | {"out": outs[rank % len(outs)]})] for rank in range(processes)]
+    return [server().start(*given) for given in zip(arguments, ranks, strict=True)]
 
 
 def finish(processes):
@@ -115,6 +115,14 @@ def test_a_run_goes_on_with_any_number_of_devices(runs, tmp_path, begun, process
         finish(start(processes, run, strategy=strategy, resume=True, micro_batch=1))
     assert "resumed at step 2 of 4" in (run / "log.txt").read_text()
     assert_equal_runs(runs / "one", run)
+
+
+def test_machines_that_see_different_checkpoints_stop(runs, tmp_path):
+    first = shutil.copytree(runs / "ddp", tmp_path / "first")
+    second = before_the_end(runs / "ddp", tmp_path / "second")
+    errors = [process.communicate(timeout=100)[1] for process in start(2, first, second, resume=True)]
+    assert f"of different steps in {first / 'checkpoints'}, 2 and 4; let all machines see the same --out" in errors[0]
+    assert errors[0].count("\n") == 1 and not errors[1]
 
 
 def test_a_damaged_share_is_named_and_the_checkpoint_before_is_used(runs, tmp_path):

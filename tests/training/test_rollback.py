@@ -212,6 +212,33 @@ def test_without_the_option_a_spike_is_named_and_the_run_goes_on(train):
     assert "going on with it (--rollback would go back to step 43)" in stays
 
 
+def test_a_loss_that_stays_high_at_the_end_is_evaluated(train):
+    run = train(Poisoned(**SPIKE_OF_20, steps=63), rollback=False)[2]
+    assert incidents(run, "loss spike")[-1][0] == 63
+    assert [row["step"] for row in run.rows() if row["kind"] == "held_out"] == [0, 63]
+
+
+class Observing(Poisoned):
+    """Records at leisure what it saw when it was evaluated."""
+
+    run = None
+
+    def draw(self, run, monitor, step, epoch):
+        self.run = run
+
+    def settle(self):
+        if self.run:
+            self.run.record({"kind": "blocks", "step": 0})
+            self.run = None
+
+
+def test_what_is_computed_beside_the_training_is_recorded_before_a_checkpoint(train):
+    """Or a kill after it would lose it: the step is never done again."""
+    rows = train(Observing(), rollback=False, checkpoint_steps=10)[2].rows()
+    kinds = [(row["kind"], row["step"]) for row in rows]
+    assert kinds.index(("train", 10)) < kinds.index(("blocks", 0)) < kinds.index(("train", 11))
+
+
 def test_weights_that_overflow_are_never_saved(train):
     """At an infinite rate no weight stays finite, and no loss after it."""
     with pytest.raises(

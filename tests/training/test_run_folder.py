@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from datetime import datetime
+from unittest.mock import Mock
 
 import pytest
 
@@ -94,6 +95,19 @@ def test_a_folder_of_something_else_is_left_as_it_is(tmp_path):
         with pytest.raises(UserError, match="is not empty and not a run folder; choose another --out"):
             start(tmp_path, **given)
     assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
+
+
+def test_a_kill_while_a_run_is_overwritten_leaves_a_run(folder, monkeypatch):
+    run = start(folder)
+    run.write_config({"seed": 0})
+    run.checkpoints.mkdir()
+    run.close()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", Mock(side_effect=KeyboardInterrupt))
+        start(folder, overwrite=True)
+    run = start(folder, overwrite=True)
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "log.txt", "pictures"]
+    run.close()
 
 
 def test_lines_that_are_none_of_a_runs_are_left_out(folder):

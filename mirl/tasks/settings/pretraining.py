@@ -36,9 +36,10 @@ SMALL_PEAK = 5e-4  # smallest default peak rate: in proportion, batches under 85
 @dataclass(frozen=True)
 class _Pretraining:
     data: str = "shapes"
-    """images: a folder (nested or flat, no labels), a glob, a text file of paths, `shapes`, or a torchvision name"""
+    """images: a folder (nested or flat, no labels), a glob, a text file of paths, tar shards, an address of shards,
+    hf:NAME, hf:FOLDER, `shapes`, or a torchvision name (docs/pretraining.md)"""
     download: bool = False
-    """let torchvision download a data set given by name"""
+    """let torchvision or the hub fetch a data set given by name"""
 
     weights: str | None = None
     """start from these: run folder, official checkpoint of MIRL or MAE, timm name, Hugging Face folder or file"""
@@ -138,7 +139,10 @@ class Pretraining(RunOptions, _Pretraining):
 
     @property
     def run_folder(self) -> Path:
-        """Where the run goes: --out, or runs/ and the name of the data."""
+        """Where the run goes: --out, or beside the run that it extends, or runs/ and the name of the data."""
+        if self.resume_from and not self.out:
+            origin = Path(self.resume_from).expanduser()
+            return origin.with_name(f"{origin.name}_{self.epochs}_epochs")
         return Path(self.out) if self.out else default_folder(self.data, "pretrain")
 
 
