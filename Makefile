@@ -35,6 +35,9 @@ bench: setup
 	$(BIN)/python bench/data.py
 	$(BIN)/python bench/plan.py
 	$(BIN)/python bench/startup.py
+	$(BIN)/python bench/paths.py
+	$(BIN)/python bench/checkpoints.py
+	$(BIN)/python bench/kills.py
 
 lint: setup
 	$(BIN)/ruff format --check

@@ -24,9 +24,9 @@ from recording import add, machine
 
 import mirl
 from mirl.data.order import ShardOrder
-from mirl.data.shards import ShardImages
+from mirl.data.shards.images import ShardImages
+from mirl.data.shards.tar_index import Index, Members, Shard
 from mirl.data.sources import ImageFiles, open_source
-from mirl.data.tar_index import Index, Members, Shard
 from mirl.training import processes
 
 

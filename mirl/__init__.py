@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from mirl.analysis.app import app
     from mirl.analysis.cost import info
     from mirl.analysis.degradation import DiagnoseOptions, diagnose
-    from mirl.analysis.doctor import doctor
-    from mirl.analysis.doctor_report import DataReport
     from mirl.analysis.planning import RunPlan, plan
     from mirl.analysis.reconstruct import reconstruct
     from mirl.analysis.reconstructor import Reconstructor
+    from mirl.doctor.doctor import doctor
+    from mirl.doctor.report import DataReport
     from mirl.errors import UserError
     from mirl.reports.page import report
     from mirl.studies.study import study
@@ -65,8 +65,8 @@ _HOMES = {
     "Reconstructor": "mirl.analysis.reconstructor",
     "diagnose": "mirl.analysis.degradation",
     "DiagnoseOptions": "mirl.analysis.degradation",
-    "doctor": "mirl.analysis.doctor",
-    "DataReport": "mirl.analysis.doctor_report",
+    "doctor": "mirl.doctor.doctor",
+    "DataReport": "mirl.doctor.report",
     "report": "mirl.reports.page",
     "app": "mirl.analysis.app",
     "load_encoder": "mirl.tasks.weights",

@@ -15,7 +15,7 @@ LAYERS = [
     ["mirl.reports"],
     ["mirl.formats"],
     ["mirl.tasks"],
-    ["mirl.analysis"],
+    ["mirl.analysis", "mirl.doctor"],
     ["mirl.studies"],
     ["mirl.cli", "mirl"],
 ]

@@ -21,8 +21,8 @@ from mirl.data.huggingface import open_table
 from mirl.data.packed import PackedStrings
 from mirl.data.path_index import cache_folder, remembered
 from mirl.data.pictures import DecodedPicture, Picture, open_picture
-from mirl.data.shard_names import FORMS, names_shards
-from mirl.data.shard_opening import open_shards
+from mirl.data.shards.names import FORMS, names_shards
+from mirl.data.shards.opening import open_shards
 from mirl.data.walking import read_list, suffix, walk
 from mirl.errors import UserError, printable
 

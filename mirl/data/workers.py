@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -50,10 +50,10 @@ class Batches:
         while True:
             again = list(asked)
             asked.clear()
-            before = set(multiprocessing.active_children())
             with _deaths_unnoticed():
                 batches = iter(self._loader(_noted(chain(again, rest), asked)))
-            workers = set(multiprocessing.active_children()) - before
+            # Not this process's children: one that died at once would not be among them any more.
+            workers = getattr(batches, "_workers", [])
             try:
                 for batch in batches:
                     asked.popleft()
@@ -73,7 +73,7 @@ class Batches:
             if len(killed) == MOST_KILLED and killed[-1] - killed[0] < WITHIN:
                 raise UserError(
                     f"{line}, {MOST_KILLED} times in {WITHIN / 60:g} minutes; what was saved is kept: free memory or "
-                    f"give fewer --workers than {self.workers} (mirl doctor finds huge images), then add --resume"
+                    f"give fewer --workers than {self.workers}, and add --resume; mirl doctor finds huge images"
                 )
             self.told(f"{line}; new workers go on with the same batches")
 
@@ -96,9 +96,9 @@ def _noted(keys: Iterable[list[Key]], asked: deque[list[Key]]) -> Iterator[list[
         yield batch
 
 
-def _how_killed(workers: "set[multiprocessing.process.BaseProcess]") -> str:
+def _how_killed(workers: Sequence[multiprocessing.process.BaseProcess]) -> str:
     """Say what ended workers, which may be just about to end; nothing if none did."""
-    ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1) if workers else []
+    ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=5) if workers else []
     codes = [worker.exitcode for worker in workers if worker.sentinel in ended and worker.exitcode]
     if not codes:
         return ""

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mirl.data.shard_names import INDEX
-from mirl.data.shard_opening import kind
-from mirl.data.shard_writing import Plan, images_per_shard, write_shard, written
+from mirl.data.shards.names import INDEX
+from mirl.data.shards.opening import kind
+from mirl.data.shards.tar_index import Index
+from mirl.data.shards.writing import Plan, images_per_shard, write_shard, written
 from mirl.data.sources import Source, open_source
-from mirl.data.tar_index import Index
 from mirl.errors import UserError
 from mirl.tasks.options import available_cores
 from mirl.training.files import atomic

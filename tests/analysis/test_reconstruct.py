@@ -149,8 +149,10 @@ def test_reconstructions_are_the_models_and_what_pre_training_draws(method, targ
     task = write_run(tmp_path / "run", **method, target=target)
     drawn = {}
     monkeypatch.setattr("mirl.tasks.pretrain.draw", lambda columns, *_: drawn.update({c.title: c for c in columns}))
+    run = RunFolder(tmp_path / "run", resume=True, overwrite=False)
     with torch.inference_mode():
-        task.draw(RunFolder(tmp_path / "run", resume=True, overwrite=False), None, 0, 0.0)
+        task.draw(run, None, 0, 0.0)
+    run.close()
     batch = collate([task.held_out[0, 0], task.held_out[0, 1]])
     hidden = torch.zeros(2, 16, dtype=torch.bool).scatter_(1, batch.masked, True).view(2, 4, 4)
     shown = Reconstructor(str(tmp_path / "run"))(batch.images, hidden)

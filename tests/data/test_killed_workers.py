@@ -94,7 +94,7 @@ def test_workers_that_are_killed_again_and_again_stop_with_the_remedy():
         list(batches(Source(deadly=[9], times=100), told=told))
     assert str(caught.value) == (
         "a data worker was killed (SIGKILL, as the kernel does when memory runs out), 3 times in 10 minutes; what was "
-        "saved is kept: free memory or give fewer --workers than 2 (mirl doctor finds huge images), then add --resume"
+        "saved is kept: free memory or give fewer --workers than 2, and add --resume; mirl doctor finds huge images"
     )
     assert len(told) == 2
     assert not multiprocessing.active_children()

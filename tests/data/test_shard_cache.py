@@ -12,9 +12,9 @@ from typing import ClassVar
 import pytest
 
 import mirl
-from mirl.data import shard_cache
 from mirl.data.decode import BadImage
-from mirl.data.shard_cache import ShardCache
+from mirl.data.shards import cache
+from mirl.data.shards.cache import ShardCache
 from mirl.data.sources import open_source
 from mirl.errors import UserError
 
@@ -62,7 +62,7 @@ class Handler(SimpleHTTPRequestHandler):
 def server(tmp_path, monkeypatch):
     """Serve four shards; the cache is in tmp_path."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(shard_cache, "PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(cache, "PAUSES", (0.01, 0.01))
     mirl.shard("shapes:24:32", str(tmp_path / "s"), shard_mib=0.008, workers=0)
     Handler.asked, Handler.faults, Handler.index_busy = [], [], 0
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path)))

@@ -13,12 +13,11 @@ import torch
 from PIL import Image
 from safetensors.numpy import save
 
-from mirl.data import shard_names
 from mirl.data.decode import BadImage
-from mirl.data.shard_names import expand
-from mirl.data.shards import ShardImages
+from mirl.data.shards.images import ShardImages
+from mirl.data.shards.names import expand, names_shards
+from mirl.data.shards.tar_index import FORMAT, Index, scan
 from mirl.data.sources import open_source, opened
-from mirl.data.tar_index import FORMAT, Index, scan
 from mirl.errors import UserError
 
 
@@ -90,7 +89,7 @@ def test_images_of_shards_are_those_of_files(folder):
 
 
 def test_many_shards_need_few_open_files(folder, monkeypatch):
-    monkeypatch.setattr("mirl.data.shards.OPEN_FILES", 2)
+    monkeypatch.setattr("mirl.data.shards.images.OPEN_FILES", 2)
     source = open_source("s/*.tar")
     open_before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
     for index in (0, 4, 8, 0, 4, 8):
@@ -213,7 +212,7 @@ def test_a_shard_that_is_lost_later_keeps_its_images_which_are_skipped(folder):
 def test_an_index_is_made_once(folder, monkeypatch):
     scanned = []
     monkeypatch.setattr(
-        "mirl.data.shard_opening.scan", lambda path, channels: scanned.append(path) or scan(path, channels)
+        "mirl.data.shards.opening.scan", lambda path, channels: scanned.append(path) or scan(path, channels)
     )
     first = names(open_source("s/*.tar"))
     assert len(scanned) == 3
@@ -295,5 +294,5 @@ def test_webdataset_and_we_read_each_others_shards(folder, tmp_path):
 
 def test_shards_are_named_among_what_data_may_be(folder):
     assert "tar shards ('shards/{000000..000127}.tar'" in error("s/nothing/there")
-    assert shard_names.names_shards("s3://bucket/{0..9}.tar") and not shard_names.names_shards("s")
+    assert names_shards("s3://bucket/{0..9}.tar") and not names_shards("s")
     assert "address of another kind" in error("ftp+exec://x/y.tar")

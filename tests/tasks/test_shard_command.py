@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import mirl
-from mirl.data import shard_writing
+from mirl.data.shards import writing
 from mirl.data.sources import open_source
 from mirl.errors import UserError
 from mirl.training.locking import LOCK, take_lock
@@ -117,17 +117,17 @@ def wait_for(condition):
 
 
 def slow_down():
-    made = shard_writing.shard_image
+    made = writing.shard_image
 
     def slowly(*given):
         time.sleep(0.005)
         return made(*given)
 
-    shard_writing.shard_image = slowly
+    writing.shard_image = slowly
 
 
 def test_a_worker_that_is_killed_is_said_in_one_line(photos, monkeypatch):
-    made = shard_writing.shard_image
+    made = writing.shard_image
     photo = open_source("photos")
 
     def kill_at_the_third(source, index, *rest):
@@ -136,7 +136,7 @@ def test_a_worker_that_is_killed_is_said_in_one_line(photos, monkeypatch):
         return made(source, index, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(shard_writing, "shard_image", kill_at_the_third)
+        patched.setattr(writing, "shard_image", kill_at_the_third)
         with pytest.raises(UserError, match=r"was killed, probably for want of memory; start again .* it goes on"):
             mirl.shard("photos", "out", shard_mib=0.05, workers=1)
     assert multiprocessing.active_children() == []
@@ -237,7 +237,7 @@ def test_shards_that_were_lost_since_are_not_called_whole(photos, tmp_path):
 
 
 def test_a_disk_that_reads_something_else_is_noticed(photos, monkeypatch):
-    monkeypatch.setattr(shard_writing, "checksum", lambda path: "0" * 64)
+    monkeypatch.setattr(writing, "checksum", lambda path: "0" * 64)
     with pytest.raises(UserError, match="what was written does not read the same; check the disk"):
         mirl.shard("photos", "out", workers=0)
     assert not list((photos.parent / "out").glob("*.tar"))

@@ -20,10 +20,10 @@ from rich.progress import track
 from mirl.data.decode import MODES
 from mirl.data.order import HELD_OUT_SHARDS, WINDOW
 from mirl.data.reading import Unread
-from mirl.data.shard_cache import LIMIT, ShardCache, is_remote, version_at
-from mirl.data.shard_names import INDEX, beside, expand, index_of, is_folder
-from mirl.data.shards import ShardImages
-from mirl.data.tar_index import Index, Members, Shard, scan
+from mirl.data.shards.cache import LIMIT, ShardCache, is_remote, version_at
+from mirl.data.shards.images import ShardImages
+from mirl.data.shards.names import INDEX, beside, expand, index_of, is_folder
+from mirl.data.shards.tar_index import Index, Members, Shard, scan
 from mirl.errors import UserError
 from mirl.training.runs import console
 

@@ -5,7 +5,7 @@ import os
 import re
 from glob import glob, has_magic
 
-from mirl.data.shard_cache import filesystem_of, is_remote
+from mirl.data.shards.cache import filesystem_of, is_remote
 from mirl.errors import UserError
 
 INDEX = "index.safetensors"  # beside the shards that `mirl shard` wrote

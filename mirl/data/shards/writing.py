@@ -15,10 +15,10 @@ from typing import IO, cast
 import numpy as np
 
 from mirl.data.decode import BadImage
-from mirl.data.shard_cache import checksum
-from mirl.data.shard_images import shard_image
+from mirl.data.shards.cache import checksum
+from mirl.data.shards.packing import shard_image
+from mirl.data.shards.tar_index import BLOCK, Index, scan
 from mirl.data.sources import Source
-from mirl.data.tar_index import BLOCK, Index, scan
 from mirl.errors import UserError
 from mirl.training.files import atomic
 

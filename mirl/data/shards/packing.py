@@ -13,8 +13,8 @@ from PIL import Image
 from mirl.data.decode import BadImage, file_content, image_in, image_suffixes, is_array, only_bad_image, turn_of
 from mirl.data.encoded import EncodedImages
 from mirl.data.pictures import picture_in
+from mirl.data.shards.tar_index import MEMBER_LIMIT
 from mirl.data.sources import ImageFiles, Source
-from mirl.data.tar_index import MEMBER_LIMIT
 
 QUALITY = 90  # of JPEGs that are made smaller
 CHECKED_AT = 16  # pixels of the image for one of the view that is asked for; the reduction is by 8 at most

@@ -15,7 +15,7 @@ from mirl.data.decode import BadImage, only_bad_image
 from mirl.data.encoded import EncodedImages
 from mirl.data.order import HELD_OUT_SHARDS, WINDOW
 from mirl.data.reading import patiently
-from mirl.data.tar_index import BLOCK, Index, Shard
+from mirl.data.shards.tar_index import BLOCK, Index, Shard
 from mirl.errors import printable
 
 OPEN_FILES = WINDOW + HELD_OUT_SHARDS  # of a process
