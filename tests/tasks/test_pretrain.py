@@ -97,15 +97,17 @@ def test_every_step_is_recorded_with_finite_numbers(run):
         assert all(math.isfinite(value) for name, value in row.items() if name != "kind")
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("method", ["mirl", "mae"])
 def test_one_batch_is_overfitted(tiny, tmp_path, method):
     options = tiny | {"data": "shapes:17", "epochs": 60, "base_lr": 3e-2, "min_crop": 1.0, "flip": False,
-                      "warmup_epochs": 5, "evaluate_epochs": 60, "method": method}  # fmt: skip
+                      "warmup_epochs": 5, "evaluate_epochs": 60, "method": method, "block_figures": False}  # fmt: skip
     row = rows(mirl.pretrain(**options, out=str(tmp_path / "run")))
     assert len(row) == 60
     assert row[-1]["loss"] < 0.6 * row[0]["loss"]
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     "case",
     [
@@ -123,7 +125,7 @@ def test_one_batch_is_overfitted(tiny, tmp_path, method):
     ids=str,
 )
 def test_timm_opens_the_encoder_with_the_features_of_the_autoencoder(tiny, tmp_path, case):
-    options = tiny | {"epochs": 1} | case
+    options = tiny | {"epochs": 1, "block_figures": False} | case
     if case.get("data") == "npy":
         options["data"] = str(tmp_path / "arrays")
         (tmp_path / "arrays").mkdir()
@@ -154,20 +156,24 @@ def test_the_saved_autoencoder_has_the_recorded_loss(run):
     assert loss == pytest.approx(rows(run, "held_out")[-1]["loss"], rel=1e-5)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_config_yaml_runs_again_to_the_same_weights(run, tmp_path):
     again = tmp_path / "again"
     assert main(["pretrain", "--config", str(run / "config.yaml"), "--out", str(again)]) == 0
     assert_same_run(run, again)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_workers_and_where_it_runs_do_not_change_a_run(run, tiny, tmp_path):
-    assert_same_run(run, mirl.pretrain(**tiny | {"workers": 1}, out=str(tmp_path / "another")))
+    assert_same_run(run, mirl.pretrain(**tiny | {"workers": 1, "block_figures": False}, out=str(tmp_path / "another")))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_another_seed_is_another_run(run, tiny, tmp_path):
-    assert losses(run) != losses(mirl.pretrain(**tiny, seed=1, out=str(tmp_path / "another")))
+    assert losses(run) != losses(mirl.pretrain(**tiny, seed=1, block_figures=False, out=str(tmp_path / "another")))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_overwrite_starts_again(run, tiny, tmp_path):
     run, before = shutil.copytree(run, tmp_path / "copy"), losses(run)
     (run / "pictures" / "step_00000099.png").write_bytes(b"of the old run")
