@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from mirl.analysis.planning import RunPlan, plan
     from mirl.analysis.reconstruct import reconstruct
     from mirl.analysis.reconstructor import Reconstructor
-    from mirl.doctor.doctor import doctor
-    from mirl.doctor.report import DataReport
+    from mirl.checkup.doctor import doctor
+    from mirl.checkup.report import DataReport
     from mirl.errors import UserError
     from mirl.reports.page import report
     from mirl.studies.study import study
@@ -65,8 +65,8 @@ _HOMES = {
     "Reconstructor": "mirl.analysis.reconstructor",
     "diagnose": "mirl.analysis.degradation",
     "DiagnoseOptions": "mirl.analysis.degradation",
-    "doctor": "mirl.doctor.doctor",
-    "DataReport": "mirl.doctor.report",
+    "doctor": "mirl.checkup.doctor",
+    "DataReport": "mirl.checkup.report",
     "report": "mirl.reports.page",
     "app": "mirl.analysis.app",
     "load_encoder": "mirl.tasks.weights",

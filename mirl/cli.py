@@ -25,7 +25,7 @@ COMMANDS = {
     "report": ("mirl.reports.page:report", "one page of everything about a run, or about several side by side"),
     "app": ("mirl.analysis.app:app", "mask images by hand in the browser and see each pair's prediction"),
     "convert": ("mirl.tasks.convert:convert", "take weights in and out: timm, Hugging Face, ONNX, official files"),
-    "doctor": ("mirl.doctor.doctor:doctor", "look at every image file: what is broken or odd, what to train with"),
+    "doctor": ("mirl.checkup.doctor:doctor", "look at every image file: what is broken or odd, what to train with"),
     "info": ("mirl.analysis.cost:info", "print a model's parameters and cost"),
     "plan": ("mirl.analysis.planning:plan", "what a pre-training run will take: FLOPs, memory, hours, price"),
     "study": ("mirl.studies.study:study", "run a grid of small experiments that repeats a figure or table"),

@@ -15,7 +15,7 @@ LAYERS = [
     ["mirl.reports"],
     ["mirl.formats"],
     ["mirl.tasks"],
-    ["mirl.analysis", "mirl.doctor"],
+    ["mirl.analysis", "mirl.checkup"],
     ["mirl.studies"],
     ["mirl.cli", "mirl"],
 ]

@@ -98,8 +98,11 @@ def _noted(keys: Iterable[list[Key]], asked: deque[list[Key]]) -> Iterator[list[
 
 def _how_killed(workers: Sequence[multiprocessing.process.BaseProcess]) -> str:
     """Say what ended workers, which may be just about to end; nothing if none did."""
-    ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=5) if workers else []
-    codes = [worker.exitcode for worker in workers if worker.sentinel in ended and worker.exitcode]
+    closed = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=5) if workers else []
+    ended = [worker for worker in workers if worker.sentinel in closed]
+    for worker in ended:  # the kernel closes its files a moment before it has an exit code
+        worker.join(5)
+    codes = [worker.exitcode for worker in ended if worker.exitcode]
     if not codes:
         return ""
     if -signal.SIGKILL in codes:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import mirl
-from mirl.analysis import doctor as command
+from mirl.checkup import doctor as command
 from mirl.cli import main
 from mirl.data.inspection import inspect
 from mirl.data.sources import open_source

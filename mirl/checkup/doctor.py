@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
+from mirl.checkup.findings import findings
+from mirl.checkup.quarantine import check_outside, check_quarantine, move_broken
+from mirl.checkup.records import Records
+from mirl.checkup.report import PICTURE, DataReport, Speed
+from mirl.checkup.sizes_picture import draw_sizes
+from mirl.checkup.suggestion import Kept, suggest, views_per_second
 from mirl.data.inspection import Inspection, inspect, lost
 from mirl.data.scanning import Lost, scan
 from mirl.data.sources import ImageFiles, open_source
-from mirl.doctor.findings import findings
-from mirl.doctor.quarantine import check_outside, check_quarantine, move_broken
-from mirl.doctor.records import Records
-from mirl.doctor.report import PICTURE, DataReport, Speed
-from mirl.doctor.sizes_picture import draw_sizes
-from mirl.doctor.suggestion import Kept, suggest, views_per_second
 from mirl.errors import UserError, printable
 from mirl.tasks.options import COUNT, NOT_NEGATIVE, POSITIVE, available_cores, default_folder
 from mirl.training.runs import console

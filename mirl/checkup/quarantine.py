@@ -8,8 +8,8 @@ from typing import IO
 
 import numpy as np
 
+from mirl.checkup.records import Records
 from mirl.data.inspection import Trait
-from mirl.doctor.records import Records
 from mirl.errors import UserError
 
 UNDO = "moved.txt"

@@ -6,8 +6,8 @@ from typing import Literal
 
 import numpy as np
 
+from mirl.checkup.records import Records
 from mirl.data.inspection import Trait
-from mirl.doctor.records import Records
 from mirl.models.patches import Size
 
 ELONGATED = 4  # times as long as wide

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from mirl.checkup.records import Records
 from mirl.data.decode import BadImage
 from mirl.data.loading import Views
 from mirl.data.transforms import training_view
-from mirl.doctor.records import Records
 from mirl.models.patches import Size
 from mirl.tasks.pretrain import split_off_held_out, typical_side
 from mirl.tasks.settings.pretraining import Pretraining, Resolved, resolve

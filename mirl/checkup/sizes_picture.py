@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from mirl.doctor.records import Records
+from mirl.checkup.records import Records
 from mirl.models.patches import Size
 from mirl.training.files import atomic
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from mirl.checkup.findings import Finding
+from mirl.checkup.quarantine import UNDO
+from mirl.checkup.records import Records
+from mirl.checkup.suggestion import Kept, Suggestion, advice
 from mirl.data.inspection import Trait
-from mirl.doctor.findings import Finding
-from mirl.doctor.quarantine import UNDO
-from mirl.doctor.records import Records
-from mirl.doctor.suggestion import Kept, Suggestion, advice
 from mirl.training.files import atomic
 
 JSON, PICTURE = "doctor.json", "sizes.png"
