@@ -1,11 +1,13 @@
 """Images that a source holds as the bytes of files: in shards, in tables. They are decoded as files are."""
 
+from abc import ABC, abstractmethod
+
 import torch
 
 from mirl.data.pictures import Picture, picture_in
 
 
-class EncodedImages:
+class EncodedImages(ABC):
     """What reading needs beside `content`, of which subclasses say where it is.
 
     Args:
@@ -16,9 +18,9 @@ class EncodedImages:
     def __init__(self, channels: int, warnings: tuple[str, ...] = ()) -> None:
         self.channels, self.warnings = channels, warnings
 
+    @abstractmethod
     def content(self, index: int) -> tuple[bytes, str]:
         """Return the bytes of an image's file and its name, whose suffix tells `.npy`, or raise `BadImage`."""
-        raise NotImplementedError
 
     def open(self, index: int) -> Picture:
         """Return the image as one to ask for boxes, or raise `BadImage`."""

@@ -1,10 +1,12 @@
 """Tensors whose rows lie in several files, and folders that are not what they should be."""
 
+import json
 import os
 
 import pytest
 import torch
 
+from mirl.training.integrity import Damaged, check_folder, digest
 from mirl.training.parts import Rows, joined, leaves, part_name, read, without
 
 
@@ -41,6 +43,17 @@ class Malicious:
 
     def __reduce__(self):
         return os.mkdir, (str(self.target),)
+
+
+def test_a_file_that_the_manifest_does_not_name_is_refused(tmp_path):
+    """It was compared with nothing."""
+    torch.save({"step": 1}, tmp_path / "rest.pt")
+    named = {"rest.pt": digest(tmp_path / "rest.pt")}
+    (tmp_path / "manifest.json").write_text(json.dumps({"version": 1, "step": 1, "files": named}))
+    check_folder(tmp_path)
+    torch.save({("model", "a"): torch.ones(2)}, tmp_path / part_name(0, 1))
+    with pytest.raises(Damaged, match="does not name part_00000_of_00001.pt"):
+        check_folder(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["rest.pt", part_name(0, 1)])
