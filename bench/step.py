@@ -4,20 +4,26 @@
     python bench/step.py --models vit_s_12 vit_s_48 vit_s_200 --segments 2 --batches 8 --precisions bf16 --no_peer
 
 A step is the loop's own: normalisation, forward, backward, gradient norm, AdamW. The peer is `ViTMAEForPreTraining` of
-the same encoder with the decoder of equal cost (4 blocks), forward, backward and AdamW as its users write them. All
-take turns in one process, so that ratios hold on a busy machine; medians of them are given. Ours are MIRL with decoders
-of 1 block (the official code's for ViT-S-54) and of 2 (the paper's), and with `--compile` the first of them compiled.
+the same encoder with the decoder of equal cost (4 blocks), forward, backward and AdamW as its users write them. Each is
+a process of its own, as it would be for a user: what one does to the allocator or the heap does not reach the other.
+They take turns, and with them a matrix product that shows the machine's ceiling at that moment, so that ratios hold on
+a busy machine; medians of them are given. Ours are MIRL with decoders of 1 block (the official code's for ViT-S-54)
+and of 2 (the paper's), and with `--compile` the first of them compiled.
 """
 
 import argparse
 import json
+import multiprocessing
+import resource
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,6 +43,7 @@ from mirl.training import processes
 from mirl.training.runs import RunFolder
 
 BETAS = (0.9, 0.95)
+PEER = "Hugging Face MAE"
 
 
 def settings_of(model: str, decoder_depth: int, segments: int | None, precision: str) -> Resolved:
@@ -83,10 +90,57 @@ class Parts:
         return lambda *_: self.marks.append((name, self.real._now()))
 
 
-class Peer:
+class Measured:
+    """One side, in its own process."""
+
+    def __init__(self, device: torch.device, precision: Any) -> None:
+        self.device, self.precision = device, precision
+
+    def turn(self, images: int) -> float:
+        """Return the seconds of a step."""
+        raise NotImplementedError
+
+    def ceiling(self) -> float:
+        """Return the FLOP/s of large matrix products at this moment."""
+        return this_machine(self.device, self.precision).peak(self.precision)
+
+    def parts(self, images: int) -> dict[str, float]:
+        """Return the seconds of a step's parts, if they can be told apart."""
+        return {}
+
+    def peak(self) -> float:
+        """Return the most GiB that were held so far: a GPU's since the last call, else the process's ever."""
+        if self.device.type == "cpu":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        held = torch.cuda.max_memory_allocated() / GIB
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.empty_cache()  # for the other processes
+        return held
+
+
+class Ours(Measured):
+    """The loop's own steps."""
+
+    def __init__(self, settings: Resolved, compiled: bool, folder: str) -> None:
+        fabric = processes.launch("auto", 1, settings.precision)
+        super().__init__(fabric.device, settings.precision)
+        run = RunFolder(Path(folder), resume=False, overwrite=False)
+        self.compiled, self.real = compiled, Real(fabric, run, settings)
+        if compiled:
+            self.real.task.model.compile_repeated()
+
+    def turn(self, images: int) -> float:
+        return self.real.seconds(images)[1]
+
+    def parts(self, images: int) -> dict[str, float]:
+        return {} if self.compiled else Parts(self.real).measure(images)
+
+
+class Peer(Measured):
     """Hugging Face's MAE of the same encoder."""
 
-    def __init__(self, model: str, device: torch.device, precision: str) -> None:
+    def __init__(self, model: str, precision: str) -> None:
+        super().__init__(torch.device("cuda" if torch.cuda.is_available() else "cpu"), precision)
         width, heads, depth = parse_model(model)
         decoder = min(512, width)
         shape = ViTMAEConfig(
@@ -94,20 +148,19 @@ class Peer:
             decoder_hidden_size=decoder, decoder_num_hidden_layers=4, decoder_num_attention_heads=decoder // 32,
             decoder_intermediate_size=4 * decoder, norm_pix_loss=True,
         )  # fmt: skip
-        self.model, self.device, self.half = ViTMAEForPreTraining(shape).to(device), device, precision == "bf16"
+        self.model = ViTMAEForPreTraining(shape).to(self.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, betas=BETAS, weight_decay=0.05)
 
-    def seconds(self, images: int) -> tuple[float, float]:
-        """Return the seconds of a step, twice."""
+    def turn(self, images: int) -> float:
         batch = torch.randn(images, 3, 224, 224, device=self.device)
         began = self._now()
-        with torch.autocast(self.device.type, torch.bfloat16) if self.half else nullcontext():
+        half = self.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext():
             loss = self.model(batch).loss
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        taken = self._now() - began
-        return taken, taken
+        return self._now() - began
 
     def flops(self) -> float:
         """Count a step of one image."""
@@ -120,6 +173,38 @@ class Peer:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+class Side:
+    """A process that does what it is asked to."""
+
+    def __init__(self, build: Callable[[], Measured]) -> None:
+        spawned = multiprocessing.get_context("spawn")
+        self.requests, theirs = spawned.Pipe()
+        self.process = spawned.Process(target=_serve, args=(theirs, build), daemon=True)
+        self.process.start()
+        theirs.close()  # or its end would not be noticed here
+
+    def ask(self, what: str, *arguments: Any) -> Any:
+        self.requests.send((what, arguments))
+        return self.requests.recv()
+
+    def __enter__(self) -> "Side":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.requests.close()
+        self.process.join()
+
+
+def _serve(requests: Connection, build: Callable[[], Measured]) -> None:
+    side = build()
+    while True:
+        try:
+            what, arguments = requests.recv()
+        except EOFError:
+            return
+        requests.send(getattr(side, what)(*arguments))
 
 
 def flops_of(settings: Resolved) -> float:
@@ -138,60 +223,58 @@ def memory_of(settings: Resolved, precision: Any, images: int, gpu: bool) -> dic
     return dict(zip(("gib", "gib_checkpointed"), (round(size, 2) for size in sizes), strict=True))
 
 
-def compare(model: str, precision: Any, options: argparse.Namespace, run: RunFolder) -> list[dict[str, Any]]:
+def compare(model: str, precision: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Let ours and the peer take turns at every batch size."""
-    fabric = processes.launch("auto", 1, precision)
-    gpu = fabric.device.type == "cuda"
-    ceiling = this_machine(fabric.device, precision).peak(precision)
     forms = {f"MIRL, {depth} block{'s' * (depth > 1)} a decoder": depth for depth in options.decoder_depths}
-    compiled = "MIRL, compiled" if options.compile else None
     settings = {name: settings_of(model, depth, options.segments, precision) for name, depth in forms.items()}
-    if compiled:
-        settings[compiled] = next(iter(settings.values()))
-    sides: dict[str, Real | Peer] = {name: Real(fabric, run, each) for name, each in settings.items()}
+    if options.compile:
+        settings["MIRL, compiled"] = next(iter(settings.values()))
     flops = {name: flops_of(each) for name, each in settings.items()}
-    if options.peer:
-        sides["Hugging Face MAE"] = peer = Peer(model, fabric.device, precision)
-        flops["Hugging Face MAE"] = peer.flops()
-    warm_up = {}
-    if compiled:
-        sides[compiled].task.model.compile_repeated()
-    results = []
-    for batch in options.batches:
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
-        for turn in range(options.repeats + 1):
+    results: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        sides = {
+            name: stack.enter_context(Side(partial(Ours, each, name == "MIRL, compiled", f"{folder}/{name}")))
+            for name, each in settings.items()
+        }
+        if options.peer:
+            sides[PEER] = stack.enter_context(Side(partial(Peer, model, precision)))
+            flops[PEER] = sides[PEER].ask("flops")
+        first = {name: round(side.ask("turn", options.batches[0]), 2) for name, side in sides.items()}
+        for batch in options.batches:
+            seconds: dict[str, list[float]] = {name: [] for name in sides}
+            ceilings = []
+            for turn in range(options.repeats + 1):  # the first warms up
+                for name, side in sides.items():
+                    seconds[name].append(side.ask("turn", batch))
+                    if torch.cuda.is_available() and not turn:
+                        side.ask("peak")
+                ceilings.append(side.ask("ceiling"))
             for name, side in sides.items():
-                began = time.perf_counter()
-                side.seconds(batch)
-                wall = time.perf_counter() - began
-                if turn:
-                    seconds[name].append(wall)
-                else:
-                    warm_up.setdefault(name, wall)
-        for name, side in sides.items():
-            taken = seconds[name]
-            peers = seconds.get("Hugging Face MAE", taken)
-            own = flops[name] * batch / median(taken)
-            row: dict[str, Any] = {
-                "model": model, "what": name, "batch": batch, "precision": precision,
-                "seconds": round(median(taken), 4), "images_per_second": round(batch / median(taken), 2),
-                "gflop_per_image": round(flops[name] / 1e9, 2), "gflop_per_second": round(own / 1e9, 1),
-                "ceiling_gflop_per_second": round(ceiling / 1e9, 1), "share_of_ceiling": round(own / ceiling, 3),
-                "first_step_seconds": round(warm_up[name], 2),
-                "ratio_to_peer": round(median(a / b for a, b in zip(taken, peers, strict=True)), 3),
-                "arithmetic_ratio": round(flops[name] / flops.get("Hugging Face MAE", flops[name]), 3),
-                "all_seconds": [round(each, 4) for each in taken],
-            }  # fmt: skip
-            if isinstance(side, Real):
-                row |= memory_of(settings[name], precision, batch, gpu)
-                row["parts"] = (
-                    {k: round(v, 4) for k, v in Parts(side).measure(batch).items()} if name != compiled else {}
-                )
-            results.append(row)
-            print(json.dumps(row), flush=True)
-        if gpu:
-            results[-1]["peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
+                taken, peers = seconds[name][1:], seconds.get(PEER, seconds[name])[1:]
+                row = {"model": model, "what": name, "batch": batch, "precision": precision}
+                row |= summary(batch, flops[name], taken, peers, ceilings[1:])
+                row["arithmetic_ratio"] = round(flops[name] / flops.get(PEER, flops[name]), 3)
+                row |= {"first_step_seconds": first[name], "peak_gib": round(side.ask("peak"), 2)}
+                if name in settings:
+                    row |= memory_of(settings[name], precision, batch, torch.cuda.is_available())
+                row["parts"] = {part: round(taken, 4) for part, taken in side.ask("parts", batch).items()}
+                results.append(row)
+                print(json.dumps(row), flush=True)
     return results
+
+
+def summary(batch: int, flops: float, taken: list[float], peers: list[float], ceilings: list[float]) -> dict[str, Any]:
+    """Return medians over turns, and of ratios to what came in the same turn; `flops` are an image's."""
+    return {
+        "seconds": round(median(taken), 4), "images_per_second": round(batch / median(taken), 2),
+        "gflop_per_image": round(flops / 1e9, 2),
+        "gflop_per_second": round(batch * flops / median(taken) / 1e9, 1),
+        "ceiling_gflop_per_second": round(median(ceilings) / 1e9, 1),
+        "share_of_ceiling": round(median(batch * flops / t / c for t, c in zip(taken, ceilings, strict=True)), 3),
+        "ratio_to_peer": round(median(a / b for a, b in zip(taken, peers, strict=True)), 3),
+        "all_seconds": [round(each, 4) for each in taken],
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -206,13 +289,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("bench/results/step.json"))
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        run = RunFolder(Path(folder, "run"), resume=False, overwrite=False)
-        results = [
-            row for model in options.models for precision in options.precisions
-            for row in compare(model, precision, options, run)
-        ]  # fmt: skip
-        run.close()
+    pairs = [(model, precision) for model in options.models for precision in options.precisions]
+    results = [row for model, precision in pairs for row in compare(model, precision, options)]
     about = {"command": " ".join(["python", *sys.argv]), "threads": torch.get_num_threads()}
     about["machine"] = machine(processes.launch("auto", 1, "32"))
     add({**about, "results": results}, options.out)

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from mirl.data.loading import Batch, Key, Views, collate
 from mirl.errors import UserError
+from mirl.training.allocation import keep_freed_memory
 
 MOST_KILLED, WITHIN = 3, 600.0  # so many times in so many seconds, and the machine must be at fault
 
@@ -84,7 +85,7 @@ class Batches:
             num_workers=self.workers,
             collate_fn=collate,
             pin_memory=self.pin,
-            worker_init_fn=_leave_signals_to_parent,
+            worker_init_fn=_begin,
             prefetch_factor=2 if self.workers else None,
             generator=torch.Generator(),  # or starting workers once more would move the global one on
         )
@@ -129,7 +130,14 @@ def _deaths_unnoticed() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
 
 
-def _leave_signals_to_parent(_: int) -> None:
+def _begin(_: int) -> None:
+    """Begin a worker."""
+    # It may have been forked from a training that keeps all it frees; a huge image would stay here as well.
+    keep_freed_memory(largest=2**25, spare=2**26)
+    _leave_signals_to_parent()
+
+
+def _leave_signals_to_parent() -> None:
     """Outlive Ctrl-C, `timeout` and Slurm, which signal every process: the parent saves, then ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

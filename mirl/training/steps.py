@@ -17,6 +17,7 @@ from mirl.data.loading import B, seeded
 from mirl.errors import UserError
 from mirl.models.attention import choose_attention
 from mirl.models.products import fast_products
+from mirl.training.allocation import keep_freed_memory
 from mirl.training.evaluation import Evaluation, Means
 from mirl.training.monitors import Monitor
 from mirl.training.processes import Fabric, as_one, full, mesh_of, over_processes
@@ -112,6 +113,8 @@ class Task(ABC, Generic[B]):
 def place(fabric: Fabric, task: Task[B]) -> None:
     """Move the task to its device, and let its timm blocks use the attention that is fastest there."""
     task.to(fabric.device)
+    if fabric.device.type == "cpu":
+        keep_freed_memory()
     with fabric.autocast():
         half = torch.is_autocast_enabled(fabric.device.type)
         dtype = torch.get_autocast_dtype(fabric.device.type) if half else torch.float32
