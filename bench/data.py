@@ -6,7 +6,8 @@
 Plain is what most training scripts have: Pillow decodes all of an image, torchvision crops, flips, converts to floats
 and normalises it, a random mask is drawn, and PyTorch's default collation makes batches. Ours is what `mirl pretrain`
 reads its images with; its batches are uint8 and normalised on the device, so both are shown without and with this.
-The two take turns in one process of one thread; seconds are of the processor, which other programs change less.
+The two take turns, each in a process of one thread, as data workers are; seconds are of the processor, which other
+programs change less.
 Without --data the images are synthetic JPEGs: noise with the spectrum of photographs, 1 / frequency, and grain.
 """
 
@@ -15,6 +16,7 @@ import json
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
@@ -26,6 +28,7 @@ import numpy as np
 import torch
 from PIL import Image
 from recording import add, machine
+from sides import Side
 from torch import Tensor
 from torch.utils.data import default_collate
 from torchvision import transforms
@@ -33,6 +36,7 @@ from torchvision import transforms
 from mirl.data.loading import MaskedBatch, MaskedImages, collate, seeded
 from mirl.data.sources import ImageFiles, open_source, opened
 from mirl.data.transforms import channel_statistics, normalise, resize, training_view
+from mirl.data.workers import begin_worker
 from mirl.errors import UserError
 from mirl.training import processes
 
@@ -56,62 +60,92 @@ def synthesise(folder: Path, count: int, width: int, height: int) -> None:
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{number:04d}.jpg", quality=90)
 
 
-class Plain:
+class Pipeline(ABC):
+    """One side, in its own process."""
+
+    def __init__(self, source: ImageFiles) -> None:
+        torch.set_num_threads(1)
+        self.source, self.indices = source, range(len(source))
+
+    @abstractmethod
+    def batch(self, epoch: int) -> Any:
+        """Make a batch of all images."""
+
+    @abstractmethod
+    def decode(self) -> list[Any]:
+        """Decode what the batch's crops need."""
+
+    @abstractmethod
+    def resize(self, image: Any) -> Any:
+        """Make a view of what `decode` gave."""
+
+    def seconds(self, epoch: int) -> dict[str, float]:
+        """Return the processor's seconds for a batch, and by part."""
+        batch, taken = timed(partial(self.batch, epoch))
+        images, decoding = timed(self.decode)
+        _, resizing = timed(lambda: [self.resize(image) for image in images])
+        parts = {"decode": decoding, "crop_resize": resizing, "rest": taken - decoding - resizing}
+        _, normalisation = timed(partial(normalise, batch.images, 3)) if isinstance(batch, MaskedBatch) else (None, 0)
+        return {"all": taken, "normalise": normalisation, **parts}
+
+
+class Plain(Pipeline):
     """The pipeline of most training scripts, image by image."""
 
     def __init__(self, source: ImageFiles) -> None:
-        self.source = source
+        super().__init__(source)
         self.crop = transforms.RandomResizedCrop(SIZE, scale=(MIN_CROP, 1.0), interpolation=BICUBIC)
         normalisation = transforms.Normalize(*channel_statistics(3))
         self.rest = transforms.Compose([transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalisation])
 
-    def decode(self, index: int) -> Image.Image:
+    def decode(self) -> list[Image.Image]:
+        return [self._image(index) for index in self.indices]
+
+    def resize(self, image: Image.Image) -> Image.Image:
+        return self.crop(image)
+
+    def batch(self, epoch: int) -> Any:
+        return default_collate([self._sample(index) for index in self.indices])
+
+    def _image(self, index: int) -> Image.Image:
         with Image.open(self.source.path_of(index)) as image:
             return image.convert("RGB")
 
-    def sample(self, index: int) -> tuple[Tensor, Tensor, Tensor, int]:
-        view = self.rest(self.crop(self.decode(index)))
+    def _sample(self, index: int) -> tuple[Tensor, Tensor, Tensor, int]:
+        view = self.rest(self.crop(self._image(index)))
         order = torch.rand(PATCHES).argsort()
         visible = int(PATCHES * (1 - RATIO))
         return view, order[:visible], order[visible:], index
 
-    def batch(self, epoch: int) -> Any:
-        return default_collate([self.sample(index) for index in range(len(self.source))])
 
-    def parts(self, epoch: int) -> dict[str, float]:
-        images, decoding = timed(lambda: [self.decode(index) for index in range(len(self.source))])
-        _, resizing = timed(lambda: [self.crop(image) for image in images])
-        return {"decode": decoding, "crop_resize": resizing}
-
-
-class Ours:
+class Ours(Pipeline):
     """What `mirl pretrain` reads its images with."""
 
     def __init__(self, source: ImageFiles) -> None:
-        self.source, self.view = source, training_view((SIZE, SIZE), MIN_CROP, flip=True)
+        super().__init__(source)
+        begin_worker(0)
+        self.view = training_view((SIZE, SIZE), MIN_CROP, flip=True)
         self.images = MaskedImages(
             source, np.arange(len(source)), self.view, patches=PATCHES, mask_ratio=RATIO, smallest=(PATCH, PATCH),
             substitute=True, key=(0, 0),
         )  # fmt: skip
+        self.boxes = []
+        for index in self.indices:
+            with seeded(0, 0, 0, index):
+                self.boxes.append(self.view.box(opened(source, index).size))
 
     def batch(self, epoch: int) -> MaskedBatch:
-        batch = collate([self.images[epoch, index] for index in range(len(self.source))])
+        batch = collate(self.images.__getitems__([(epoch, index) for index in self.indices]))
         if batch.bad:
             raise UserError(f"{batch.bad[0][0]} {batch.bad[0][1]}; give a folder without damaged images")
         assert isinstance(batch, MaskedBatch)
         return batch
 
-    def parts(self, epoch: int) -> dict[str, float]:
-        boxes = []
-        for index in range(len(self.source)):
-            with seeded(0, 0, epoch, index):
-                boxes.append(self.view.box(opened(self.source, index).size))
-        read: Callable[[], list[Tensor]] = lambda: [  # noqa: E731
-            opened(self.source, index).region(box, self.view.size) for index, box in enumerate(boxes)
-        ]
-        images, decoding = timed(read)
-        _, resizing = timed(lambda: [resize(image, self.view.size) for image in images])
-        return {"decode": decoding, "crop_resize": resizing}
+    def decode(self) -> list[Tensor]:
+        return [opened(self.source, index).region(box, self.view.size) for index, box in enumerate(self.boxes)]
+
+    def resize(self, image: Tensor) -> Tensor:
+        return resize(image, self.view.size)
 
 
 def timed(action: Callable[[], Any]) -> tuple[Any, float]:
@@ -123,24 +157,23 @@ def timed(action: Callable[[], Any]) -> tuple[Any, float]:
 
 def measured(source: ImageFiles, repeats: int) -> dict[str, Any]:
     """Time both pipelines in turn, after a round that warms up."""
-    plain, ours = Plain(source), Ours(source)
     rounds: list[dict[str, float]] = []
-    for epoch in range(repeats + 1):
-        row = {}
-        for name, pipeline in (("plain", plain), ("ours", ours)):
-            batch, row[name] = timed(partial(pipeline.batch, epoch))
-            parts = pipeline.parts(epoch)
-            row |= {f"{name}.{part}": seconds for part, seconds in parts.items()}
-            row[f"{name}.rest"] = row[name] - sum(parts.values())
-        _, row["ours.normalise"] = timed(partial(normalise, batch.images, 3))
-        rounds.append(row)
-        print(f"round {epoch}: {row['plain'] / row['ours']:.2f} times as fast as the plain pipeline", flush=True)
+    with Side(partial(Plain, source)) as plain, Side(partial(Ours, source)) as ours:
+        for epoch in range(repeats + 1):
+            sides = {"plain": plain.ask("seconds", epoch), "ours": ours.ask("seconds", epoch)}
+            row = {f"{side}.{part}": taken for side, parts in sides.items() for part, taken in parts.items()}
+            rounds.append(row)
+            print(
+                f"round {epoch}: {row['plain.all'] / row['ours.all']:.2f} times as fast as the plain pipeline",
+                flush=True,
+            )
     rounds = rounds[1:]
     milliseconds = {name: round(1000 * median(r[name] for r in rounds) / len(source), 3) for name in rounds[0]}
+    with_normalisation = (r["plain.all"] / (r["ours.all"] + r["ours.normalise"]) for r in rounds)
     return {
-        "ratio": round(median(r["plain"] / r["ours"] for r in rounds), 2),
-        "ratio_with_normalisation": round(median(r["plain"] / (r["ours"] + r["ours.normalise"]) for r in rounds), 2),
-        "images_per_second_and_core": {name: round(1000 / milliseconds[name]) for name in ("plain", "ours")},
+        "ratio": round(median(r["plain.all"] / r["ours.all"] for r in rounds), 2),
+        "ratio_with_normalisation": round(median(with_normalisation), 2),
+        "images_per_second_and_core": {side: round(1000 / milliseconds[f"{side}.all"]) for side in ("plain", "ours")},
         "milliseconds": milliseconds,
     }
 
@@ -167,7 +200,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, default=Path("bench/results/data.json"))
     options = parser.parse_args()
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         if not options.data:
             synthesise(Path(folder), options.images, *options.size)

@@ -13,7 +13,6 @@ and of 2 (the paper's), and with `--compile` the first of them compiled.
 
 import argparse
 import json
-import multiprocessing
 import resource
 import sys
 import tempfile
@@ -23,7 +22,6 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,6 +29,7 @@ from typing import Any
 import torch
 from plan import Real
 from recording import add, machine
+from sides import Side
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
@@ -173,38 +172,6 @@ class Peer(Measured):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
-
-
-class Side:
-    """A process that does what it is asked to."""
-
-    def __init__(self, build: Callable[[], Measured]) -> None:
-        spawned = multiprocessing.get_context("spawn")
-        self.requests, theirs = spawned.Pipe()
-        self.process = spawned.Process(target=_serve, args=(theirs, build), daemon=True)
-        self.process.start()
-        theirs.close()  # or its end would not be noticed here
-
-    def ask(self, what: str, *arguments: Any) -> Any:
-        self.requests.send((what, arguments))
-        return self.requests.recv()
-
-    def __enter__(self) -> "Side":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.requests.close()
-        self.process.join()
-
-
-def _serve(requests: Connection, build: Callable[[], Measured]) -> None:
-    side = build()
-    while True:
-        try:
-            what, arguments = requests.recv()
-        except EOFError:
-            return
-        requests.send(getattr(side, what)(*arguments))
 
 
 def flops_of(settings: Resolved) -> float:

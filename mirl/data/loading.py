@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, Sampler
 from mirl.data.decode import BadImage
 from mirl.data.order import ShardOrder
 from mirl.data.pictures import Picture
-from mirl.data.sources import Source, opened
+from mirl.data.sources import Source, beforehand, opened
 from mirl.data.transforms import RandomCrop
 from mirl.errors import UserError
 from mirl.models.masking import split
@@ -167,6 +167,16 @@ class Views(Dataset[Batch]):
             return Batch(images=torch.empty(0, 0, 0, 0), indices=torch.empty(0), bad=tuple(bad))
         name, reason = bad[-1]
         raise UserError(f"{len(bad)} images in a row cannot be used, the last: {name} {reason}; check the data")
+
+    def __getitems__(self, keys: Sequence[Key]) -> list[Batch]:
+        """Return several samples, whose files are read before the first is decoded; PyTorch asks for a batch so."""
+        samples: list[Batch] = []
+        ready = 0
+        for number, key in enumerate(keys):
+            if number == ready:
+                ready += beforehand(self.source, [int(self.members[index]) for _, index in keys[number:]])
+            samples.append(self[key])
+        return samples
 
     def _candidates(self, index: int) -> Iterator[int]:
         """Return where in the source sample `index` is, then what may stand in for it."""

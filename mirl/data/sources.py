@@ -8,14 +8,23 @@ import difflib
 import glob
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from mirl.data.decode import MODES, image_suffixes, image_to_tensor, only_bad_image, read_image
+from mirl.data import reading
+from mirl.data.decode import (
+    MODES,
+    image_suffixes,
+    image_to_tensor,
+    is_array,
+    only_bad_image,
+    read_file,
+    read_image,
+)
 from mirl.data.encoded import EncodedImages
 from mirl.data.huggingface import open_table
 from mirl.data.packed import PackedStrings
@@ -73,6 +82,11 @@ def opened(source: Source, index: int) -> Picture:
     return DecodedPicture(source.read(index))
 
 
+def beforehand(source: Source, indices: Sequence[int]) -> int:
+    """Read the first of some images' files together, if the source is files; return how many need no further call."""
+    return source.beforehand(indices) if isinstance(source, ImageFiles) else len(indices)
+
+
 class ImageFiles:
     """The image files of a folder, a glob or a list; opened only when they are read.
 
@@ -119,6 +133,11 @@ class ImageFiles:
     def open(self, index: int) -> Picture:
         """Return the image as one to ask for boxes, or raise `BadImage`."""
         return open_picture(self.path_of(index), self.channels)
+
+    def beforehand(self, indices: Sequence[int]) -> int:
+        """Read the first of some images' files together; return how many need no further call."""
+        paths = [path for path in map(self.path_of, indices) if not is_array(path)]
+        return reading.beforehand(read_file, paths) if len(paths) == len(indices) else len(indices)
 
 
 class TorchvisionImages:

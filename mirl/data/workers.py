@@ -85,7 +85,7 @@ class Batches:
             num_workers=self.workers,
             collate_fn=collate,
             pin_memory=self.pin,
-            worker_init_fn=_begin,
+            worker_init_fn=begin_worker,
             prefetch_factor=2 if self.workers else None,
             generator=torch.Generator(),  # or starting workers once more would move the global one on
         )
@@ -130,8 +130,8 @@ def _deaths_unnoticed() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
 
 
-def _begin(_: int) -> None:
-    """Begin a worker."""
+def begin_worker(_: int) -> None:
+    """Prepare this process to read images for another."""
     # It may have been forked from a training that keeps all it frees; a huge image would stay here as well.
     keep_freed_memory(largest=2**25, spare=2**26)
     _leave_signals_to_parent()

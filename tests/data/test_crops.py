@@ -54,6 +54,33 @@ def test_a_box_that_is_not_decoded_smaller_is_exact(tmp_path, mode, channels):
     assert torch.equal(found, read_image(path, channels)[:, 5:105, 7:97])
 
 
+def by_pillow(path, box, size, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(JpegPicture, "_quickly", lambda *_: None)
+        return open_picture(path).region(box, size)
+
+
+@pytest.mark.parametrize("smaller", [1, 2, 4, 8])
+@pytest.mark.parametrize("options", [{"subsampling": n, "progressive": n == 1} for n in (0, 1, 2)])
+def test_the_quick_decoder_gives_pillows_pixels(tmp_path, options, smaller, monkeypatch):
+    path = save(tmp_path / "x.jpg", photo().crop((0, 0, 301, 207)), **options)  # sides that no block fits
+    box, size = (3, 5, 203, 290), (200 // 2 // smaller, 280 // 2 // smaller)
+    assert reduction(box, size) == smaller
+    picture = open_picture(path)
+    assert picture._quickly(smaller) is not None
+    assert torch.equal(picture.region(box, size), by_pillow(path, box, size, monkeypatch))
+
+
+def test_pillow_judges_what_the_quick_decoder_finds_damaged(tmp_path, monkeypatch):
+    content = save(tmp_path / "x.jpg").read_bytes()
+    middle = len(content) // 2
+    (tmp_path / "y.jpg").write_bytes(content[:middle] + b"\xff\x00" * 8 + content[middle + 16 :])
+    picture, box = open_picture(tmp_path / "y.jpg"), (0, 0, H, W)
+    assert picture._quickly(1) is None
+    pixels = open_picture(tmp_path / "y.jpg").region(box, (H, W))
+    assert torch.equal(pixels, by_pillow(tmp_path / "y.jpg", box, (H, W), monkeypatch))
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_boxes_are_of_the_upright_image(tmp_path, orientation):
     exif = Image.Exif()

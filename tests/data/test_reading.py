@@ -7,13 +7,17 @@ import signal
 import threading
 import time
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mirl.data import reading
 from mirl.data.decode import BadImage, read_image
+from mirl.data.loading import Views
 from mirl.data.pictures import open_picture
-from mirl.data.reading import Unread, patiently
+from mirl.data.reading import Unread, beforehand, patiently
+from mirl.data.sources import open_source
 from mirl.errors import UserError
 
 
@@ -123,6 +127,40 @@ def test_bytes_that_trickle_count_against_the_time(tmp_path):
                 time.sleep(0.2)  # until the readers left behind have come to the end
     finally:
         stopped.set()
+
+
+@leases
+def test_files_read_together_are_those_read_alone_and_one_that_hangs_holds_none_up(tmp_path, hold):
+    photos = [tmp_path / f"{number}.jpg" for number in range(6)]
+    for number, path in enumerate(photos):
+        Image.new("RGB", (20, 10), (40 * number, 0, 0)).save(path)
+    source = open_source(str(tmp_path))
+    views = Views(source, np.arange(6), lambda image: image, key=(0,), smallest=(1, 1), substitute=False)
+    together = views.__getitems__([(0, index) for index in range(6)])
+    for sample, path in zip(together, photos, strict=True):
+        assert torch.equal(sample.images[0], read_image(path))
+    hold(photos[3], 60)
+    photos[4].unlink()
+    samples = views.__getitems__([(0, index) for index in range(6)])
+    assert [len(sample.images) for sample in samples] == [1, 1, 1, 0, 0, 1]
+    assert [sample.bad[0][1] for sample in samples[3:5]] == ["cannot be read within 0.3 s, tried 3 times", "is missing"]
+
+
+def test_files_are_read_together_up_to_a_size(tmp_path, monkeypatch):
+    handed = []
+    monkeypatch.setattr(reading, "TOGETHER", (100, 60.0))
+
+    def read(path):
+        handed.append((path, threading.current_thread().name))
+        return b"x" * 40
+
+    names = [str(number) for number in range(6)]
+    assert beforehand(read, names) == 3 and [name for name, _ in handed] == names[:3]
+    assert [patiently(read, name) for name in names[:3]] == [b"x" * 40] * 3 and len(handed) == 3
+    assert patiently(read, "0") == b"x" * 40 and len(handed) == 4  # what was asked for is not kept
+    assert beforehand(read, names) == 3 and beforehand(read, names[3:]) == 3
+    patiently(read, "0")
+    assert len(handed) == 11  # nor what was not, once others are read
 
 
 def failing(code, times):
