@@ -1,4 +1,4 @@
-"""Mistakes that a user can mend, and how their one line names files and the values that are allowed."""
+"""Mistakes that a user can mend, and how lines name files, counts and the values that are allowed."""
 
 import re
 from collections.abc import Mapping
@@ -26,6 +26,17 @@ def printable(text: str) -> str:
 def _escaped(letter: re.Match[str]) -> str:
     code = ord(letter[0])
     return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else ascii(letter[0])[1:-1]  # from os.fsdecode
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, or its type's name where it says nothing."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def plural(count: float, noun: str, ending: str = "s", *, form: str = "") -> str:
+    """Return a count with its noun: 1 image, 2 images. `form` is how the number is written, such as "," or ".3g"."""
+    number = f"{count:{form}}"
+    return f"{number} {noun}{ending if number != '1' else ''}"
 
 
 def in_words(hint: Any) -> str:

@@ -110,6 +110,8 @@ def normalise(images: Tensor, channels: int) -> Tensor:
 
 def standardise(images: Tensor, mean: tuple[float, ...], deviation: tuple[float, ...]) -> Tensor:
     """Map uint8 `images` [b, c, h, w] to float32, by each channel's mean and deviation of images in 0..1."""
-    means, deviations = (images.new_tensor(s, dtype=torch.float32).view(-1, 1, 1) for s in (mean, deviation))
-    # In one new tensor: on a CPU the time is that of memory.
-    return images.to(torch.float32, copy=True).div_(255).sub_(means).div_(deviations)
+    # In one new tensor: on a CPU the time is that of memory. By numbers: a GPU would be waited for to copy tensors.
+    pixels = images.to(torch.float32, copy=True).div_(255)
+    for channel, centre, scale in zip(pixels.unbind(-3), mean, deviation, strict=True):
+        channel.sub_(centre).div_(scale)
+    return pixels

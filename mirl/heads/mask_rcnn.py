@@ -134,7 +134,7 @@ class Anchors(AnchorGenerator):  # type: ignore[misc]
         """Return the same anchors [n, 4] for each image."""
         device = feature_maps[0].device
         self.set_cell_anchors(torch.float32, device)
-        strides = [[torch.tensor(stride, device=device)] * 2 for stride in self.strides]
+        strides = [[stride] * 2 for stride in self.strides]  # numbers serve as well as the tensors of torchvision
         anchors = torch.cat(self.grid_anchors([maps.shape[-2:] for maps in feature_maps], strides))
         return [anchors] * len(image_list.image_sizes)
 

@@ -60,9 +60,8 @@ def reconstruction_loss(
 
 def weighted(losses: Sequence[Tensor], terms: Sequence[Term]) -> Tensor:
     """Add up the losses [b] of `terms`, each times its weight. Paper: Eq. (7)."""
-    stacked = torch.stack(list(losses))
-    weights = stacked.new_tensor([term.weight for term in terms])
-    return (weights[:, None] * stacked).sum(0)
+    # By numbers, not by a tensor of them: a GPU would have to be waited for until it has taken the copy.
+    return torch.stack([term.weight * loss for term, loss in zip(terms, losses, strict=True)]).sum(0)
 
 
 def to_pixels(prediction: Tensor, patches: Tensor, target: Target) -> Tensor:

@@ -14,7 +14,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from mirl.data.loading import B, seeded
-from mirl.errors import UserError
+from mirl.errors import UserError, plural
 from mirl.models.attention import choose_attention
 from mirl.models.products import fast_products
 from mirl.training.allocation import keep_freed_memory
@@ -150,12 +150,12 @@ def probe(fabric: Fabric, task: Task[B], micro_batch: int, run: RunFolder) -> tu
 def _try(fabric: Fabric, task: Task[B], images: int) -> float | None:
     """Return the seconds an image takes when so many are computed at once, or None if they do not fit."""
     try:
+        example = task.example(images).to(fabric.device)  # drawing it may take longer than a GPU's two passes
         for _ in range(2):  # the first pass warms up
             began = time.monotonic()
             with fast_products(task.model, fabric.device):
                 with fabric.autocast():
-                    batch = task.prepare(task.example(images).to(fabric.device))
-                    loss = task.loss(task.model, batch)["loss"].mean()
+                    loss = task.loss(task.model, task.prepare(example))["loss"].mean()
                 loss.backward()
             loss.item()
         return (time.monotonic() - began) / images
@@ -219,12 +219,13 @@ class Accumulator(Generic[B]):
             self._halve(len(chunks[0]), number)
         total = self.fabric.clip_gradients(self.model, self.optimizer, max_norm=self.clip, error_if_nonfinite=False)
         assert total is not None
-        norm = float(full(total))
+        # Read at once: a GPU has nothing to do while it is waited for.
+        *values, norm = torch.stack([*means.values(), full(total)]).tolist()
         blocks = None
         if by_block and self.task.encoder is not None and math.isfinite(norm):
             clipped = max(1.0, norm / self.clip)  # what clipping has divided by
             blocks = [value * clipped for value in block_norms(self.task.encoder)]
-        step = Step(means, norm, blocks)
+        step = Step(dict(zip(means, values, strict=True)), norm, blocks)
         if step.finite:
             self.optimizer.step()
         elif scaler := getattr(self.fabric.strategy.precision, "scaler", None):
@@ -232,14 +233,14 @@ class Accumulator(Generic[B]):
         self.optimizer.zero_grad()
         return step
 
-    def _gradients_that_fit(self, chunks: list[B], key: tuple[int, ...]) -> dict[str, float] | None:
+    def _gradients_that_fit(self, chunks: list[B], key: tuple[int, ...]) -> dict[str, Tensor] | None:
         try:
             with seeded(*key):
                 return self._gradients(chunks)
         except torch.OutOfMemoryError:  # memory is free again only once this error, which holds activations, is gone
             return None
 
-    def _gradients(self, chunks: list[B]) -> dict[str, float]:
+    def _gradients(self, chunks: list[B]) -> dict[str, Tensor]:
         images = sum(len(chunk) for chunk in chunks)
         done = 0
         sums: dict[str, Tensor] = {}
@@ -252,7 +253,7 @@ class Accumulator(Generic[B]):
             for name, value in values.items():
                 sums[name] = sums.get(name, 0) + value.detach().sum()
         means = torch.stack(list(sums.values())) / images
-        return dict(zip(sums, over_processes(self.fabric, means, "mean").tolist(), strict=True))
+        return dict(zip(sums, over_processes(self.fabric, means, "mean"), strict=True))
 
     def _pieces(self, chunks: list[B]) -> Iterator[B]:
         """Prepare whole micro-batches, which may mix their images, then cut them into what fits."""
@@ -263,7 +264,7 @@ class Accumulator(Generic[B]):
         size = self.piece or micro_batch
         if size == 1 or self.fabric.world_size > 1:  # processes must agree on the number of pieces
             remedy = "a smaller model or image" if size == 1 else f"--micro_batch {max(1, size // 2)}"
-            raise UserError(f"out of GPU memory with {size} images at once; try {remedy}")
+            raise UserError(f"out of GPU memory with {plural(size, 'image')} at once; try {remedy}")
         self.piece = size // 2
         self.optimizer.zero_grad()
         torch.cuda.empty_cache()
