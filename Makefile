@@ -31,7 +31,8 @@ test: setup browser
 
 # Speed and memory, against the peers, on the machine at hand: an hour on two cores, best with nothing beside it.
 bench: setup
-	$(BIN)/python bench/step.py --models vit_s_54 vit_b_24 vit_b_48 vit_b_12 --compile
+	$(BIN)/python bench/step.py --models vit_s_54 --compile
+	$(BIN)/python bench/step.py --models vit_b_12 vit_b_24 vit_b_48 --precisions bf16 --decoder_depths 2
 	$(BIN)/python bench/step.py --models vit_s_12 vit_s_24 vit_s_48 vit_s_96 vit_s_200 --segments 2 --batches 8 --precisions bf16 --no_peer
 	$(BIN)/python bench/data.py
 	$(BIN)/python bench/plan.py

@@ -90,10 +90,10 @@ class Parts:
 
 
 class Measured:
-    """One side, in its own process."""
+    """One side, in its own process; without a model it is the meter of the machine's ceiling."""
 
-    def __init__(self, device: torch.device, precision: Any) -> None:
-        self.device, self.precision = device, precision
+    def __init__(self, precision: Any) -> None:
+        self.device, self.precision = torch.device("cuda" if torch.cuda.is_available() else "cpu"), precision
 
     def turn(self, images: int) -> float:
         """Return the seconds of a step."""
@@ -122,7 +122,7 @@ class Ours(Measured):
 
     def __init__(self, settings: Resolved, compiled: bool, folder: str) -> None:
         fabric = processes.launch("auto", 1, settings.precision)
-        super().__init__(fabric.device, settings.precision)
+        super().__init__(settings.precision)
         run = RunFolder(Path(folder), resume=False, overwrite=False)
         self.compiled, self.real = compiled, Real(fabric, run, settings)
         if compiled:
@@ -139,7 +139,7 @@ class Peer(Measured):
     """Hugging Face's MAE of the same encoder."""
 
     def __init__(self, model: str, precision: str) -> None:
-        super().__init__(torch.device("cuda" if torch.cuda.is_available() else "cpu"), precision)
+        super().__init__(precision)
         width, heads, depth = parse_model(model)
         decoder = min(512, width)
         shape = ViTMAEConfig(
@@ -204,6 +204,7 @@ def compare(model: str, precision: Any, options: argparse.Namespace) -> list[dic
             name: stack.enter_context(Side(partial(Ours, each, name == "MIRL, compiled", f"{folder}/{name}")))
             for name, each in settings.items()
         }
+        meter = stack.enter_context(Side(partial(Measured, precision)))
         if options.peer:
             sides[PEER] = stack.enter_context(Side(partial(Peer, model, precision)))
             flops[PEER] = sides[PEER].ask("flops")
@@ -216,7 +217,7 @@ def compare(model: str, precision: Any, options: argparse.Namespace) -> list[dic
                     seconds[name].append(side.ask("turn", batch))
                     if torch.cuda.is_available() and not turn:
                         side.ask("peak")
-                ceilings.append(side.ask("ceiling"))
+                ceilings.append(meter.ask("ceiling"))
             for name, side in sides.items():
                 taken, peers = seconds[name][1:], seconds.get(PEER, seconds[name])[1:]
                 row = {"model": model, "what": name, "batch": batch, "precision": precision}
