@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from mirl.analysis.app import app
     from mirl.analysis.cost import info
-    from mirl.analysis.degradation import DiagnoseOptions, diagnose
+    from mirl.analysis.degradation import diagnose
     from mirl.analysis.planning import RunPlan, plan
     from mirl.analysis.reconstruct import reconstruct
     from mirl.analysis.reconstructor import Reconstructor
@@ -23,18 +23,22 @@ if TYPE_CHECKING:
     from mirl.tasks.convert import Conversion, convert
     from mirl.tasks.detect import detect
     from mirl.tasks.detector import load_detector
-    from mirl.tasks.embed import EmbedOptions, embed
-    from mirl.tasks.evaluate import EvaluateOptions, evaluate
+    from mirl.tasks.embed import embed
+    from mirl.tasks.evaluate import evaluate
     from mirl.tasks.finetune import finetune
-    from mirl.tasks.knn import KNNOptions, knn
+    from mirl.tasks.knn import knn
     from mirl.tasks.pretrain import pretrain
-    from mirl.tasks.probe import ProbeOptions, probe
+    from mirl.tasks.probe import probe
     from mirl.tasks.segment import segment
     from mirl.tasks.segmenter import load_segmenter
     from mirl.tasks.settings.detection import Detection
+    from mirl.tasks.settings.diagnosis import DiagnoseOptions
+    from mirl.tasks.settings.evaluation import EvaluateOptions
+    from mirl.tasks.settings.features import EmbedOptions
     from mirl.tasks.settings.finetuning import Finetuning
     from mirl.tasks.settings.planning import PlanOptions
     from mirl.tasks.settings.pretraining import Pretraining
+    from mirl.tasks.settings.readouts import KNNOptions, ProbeOptions
     from mirl.tasks.settings.segmentation import Segmentation
     from mirl.tasks.shard import shard
     from mirl.tasks.weights import load_autoencoder, load_encoder
@@ -51,20 +55,20 @@ _HOMES = {
     "Segmentation": "mirl.tasks.settings.segmentation",
     "load_segmenter": "mirl.tasks.segmenter",
     "evaluate": "mirl.tasks.evaluate",
-    "EvaluateOptions": "mirl.tasks.evaluate",
+    "EvaluateOptions": "mirl.tasks.settings.evaluation",
     "probe": "mirl.tasks.probe",
-    "ProbeOptions": "mirl.tasks.probe",
+    "ProbeOptions": "mirl.tasks.settings.readouts",
     "knn": "mirl.tasks.knn",
-    "KNNOptions": "mirl.tasks.knn",
+    "KNNOptions": "mirl.tasks.settings.readouts",
     "embed": "mirl.tasks.embed",
-    "EmbedOptions": "mirl.tasks.embed",
+    "EmbedOptions": "mirl.tasks.settings.features",
     "convert": "mirl.tasks.convert",
     "shard": "mirl.tasks.shard",
     "Conversion": "mirl.tasks.convert",
     "reconstruct": "mirl.analysis.reconstruct",
     "Reconstructor": "mirl.analysis.reconstructor",
     "diagnose": "mirl.analysis.degradation",
-    "DiagnoseOptions": "mirl.analysis.degradation",
+    "DiagnoseOptions": "mirl.tasks.settings.diagnosis",
     "doctor": "mirl.checkup.doctor",
     "DataReport": "mirl.checkup.report",
     "report": "mirl.reports.page",

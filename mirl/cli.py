@@ -1,10 +1,13 @@
 """The `mirl` command. A command is a Python function: its signature and docstring are the flags and the help."""
 
+import ast
 import importlib
+import importlib.util
 import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from mirl.errors import UserError, in_words
@@ -30,10 +33,18 @@ COMMANDS = {
     "plan": ("mirl.analysis.planning:plan", "what a pre-training run will take: FLOPs, memory, hours, price"),
     "study": ("mirl.studies.study:study", "run a grid of small experiments that repeats a figure or table"),
 }
-# Where all options of a command are one dataclass, its help and a mistyped option need that alone, and not PyTorch.
+# Where a command takes `**options`: the dataclass of them, in a module that needs no PyTorch.
 OPTIONS = {
     "pretrain": "mirl.tasks.settings.pretraining:Pretraining",
     "finetune": "mirl.tasks.settings.finetuning:Finetuning",
+    "detect": "mirl.tasks.settings.detection:Detection",
+    "segment": "mirl.tasks.settings.segmentation:Segmentation",
+    "evaluate": "mirl.tasks.settings.evaluation:EvaluateOptions",
+    "probe": "mirl.tasks.settings.readouts:ProbeOptions",
+    "knn": "mirl.tasks.settings.readouts:KNNOptions",
+    "embed": "mirl.tasks.settings.features:EmbedOptions",
+    "diagnose": "mirl.tasks.settings.diagnosis:DiagnoseOptions",
+    "plan": "mirl.tasks.settings.planning:PlanOptions",
 }
 
 
@@ -75,16 +86,14 @@ def build_parser(name: str) -> tuple[Any, Callable[..., Any]]:
     from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    place, description = COMMANDS[name]
-    function = None if name in OPTIONS else _found(place)
-    if function:
-        description = (function.__doc__ or "").split("\n")[0]
+    place = COMMANDS[name][0]
+    function = _signature(place)
+    description = (function.__doc__ or "").split("\n")[0]
     parser = ArgumentParser(prog=f"mirl {name}", description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options; later flags override it")
-    if function:
-        parser.add_function_arguments(function, as_group=False, as_positional=True)
-        return parser, function
-    parser.add_class_arguments(_found(OPTIONS[name]), as_group=False)
+    parser.add_function_arguments(function, as_group=False, as_positional=True)
+    if name in OPTIONS:
+        parser.add_class_arguments(_found(OPTIONS[name]), as_group=False)
     return parser, lambda **options: _found(place)(**options)
 
 
@@ -94,12 +103,41 @@ def _found(place: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+def _signature(place: str) -> Callable[..., None]:
+    """Return a function that has a command's docstring and parameters, but its `**options`, and does nothing.
+
+    It is made from the source, because importing the command's module would load PyTorch. Of that module it takes the
+    imports and assignments that the types of parameters need, and no others.
+    """
+    module, name = place.split(":")
+    spec = importlib.util.find_spec(module)
+    assert spec and spec.origin, module
+    statements = ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body
+    (function,) = (node for node in statements if isinstance(node, ast.FunctionDef) and node.name == name)
+    function.body, function.returns, function.args.kwarg = function.body[:1], None, None
+    needed: list[ast.stmt] = [function]
+    for statement in reversed(statements[: statements.index(function)]):
+        if _bound(statement) & {node.id for part in needed for node in ast.walk(part) if isinstance(node, ast.Name)}:
+            needed.insert(0, statement)
+    namespace: dict[str, Any] = {"__name__": name}  # not the module's, which jsonargparse would import
+    exec(compile(ast.Module(needed, []), spec.origin, "exec"), namespace)
+    return namespace[name]
+
+
+def _bound(statement: ast.stmt) -> set[str]:
+    """Return the names that an import or an assignment binds."""
+    if isinstance(statement, ast.Import | ast.ImportFrom):
+        return {alias.asname or alias.name for alias in statement.names}
+    targets = statement.targets if isinstance(statement, ast.Assign) else []
+    return {target.id for target in targets if isinstance(target, ast.Name)}
+
+
 def _run(name: str, arguments: Sequence[str]) -> None:
     from jsonargparse import ArgumentError
 
     parser, function = build_parser(name)
     try:
-        values = parser.parse_args(_spell_out(parser, arguments)).as_dict()
+        values = parser.parse_args(_spell_out(parser, arguments), defaults=False).as_dict()
     except (ArgumentError, UnicodeDecodeError) as error:
         raise UserError(f"{_in_one_line(parser, error)}; see mirl {name} --help") from error
     values.pop("config", None)

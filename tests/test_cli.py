@@ -1,9 +1,9 @@
 """A user's mistake is one line that says what to do, exit code 2 and no traceback; bad files do not stop a run."""
 
+import importlib
 import re
 import struct
 import sys
-import types
 import zlib
 
 import numpy as np
@@ -127,22 +127,30 @@ def test_a_flag_overrides_the_config(tiny, tmp_path, capfd):
 
 
 @pytest.fixture
-def lists(monkeypatch):
-    """A command with lists among its options; what it was called with is in the list that this returns."""
-    calls = []
+def new_command(tmp_path, monkeypatch):
+    """Make a command of parameters; what it was called with is in the list that is returned."""
 
-    def command(
-        runs: list[str], *, images: list[str] | None = None, block: list[float] | None = None, k: list[int] | int = 1,
-        resume: bool = False, seed: int = 0,
-    ) -> None:  # fmt: skip
-        """Do nothing."""
-        calls.append({"runs": runs, "images": images, "block": block, "k": k, "resume": resume, "seed": seed})
+    def make(name, parameters):
+        module = f"module_of_{name}"
+        (tmp_path / f"{module}.py").write_text(
+            f"calls = []\ndef command({parameters}):\n    'Do nothing.'\n    calls.append(locals())\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        monkeypatch.setitem(mirl.cli.COMMANDS, name, (f"{module}:command", "for this test"))
+        return importlib.import_module(module).calls
 
-    module = types.ModuleType("a_module_with_lists")
-    module.command = command
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setitem(mirl.cli.COMMANDS, "lists", (f"{module.__name__}:command", "for this test"))
-    return calls
+    return make
+
+
+@pytest.fixture
+def lists(new_command):
+    """A command with lists among its options."""
+    return new_command(
+        "lists",
+        "runs: list[str], *, images: list[str] | None = None, block: list[float] | None = None, "
+        "k: list[int] | int = 1, resume: bool = False, seed: int = 0",
+    )
 
 
 @pytest.mark.parametrize(
@@ -178,20 +186,9 @@ def test_a_mistake_in_a_list_is_one_line(lists, capfd, line, message):
 
 
 @pytest.fixture
-def optional_run(monkeypatch):
-    """A command with a run that it can do without; returns what its function is called with."""
-    module = types.ModuleType("command_with_optional_run")
-    calls = []
-
-    def command(run: str | None = None, *, predict: str | None = None, **options):
-        """Do nothing."""
-        calls.append((run, predict))
-
-    command.__module__ = module.__name__
-    module.command = command
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setitem(mirl.cli.COMMANDS, "optional", (f"{module.__name__}:command", "for this test"))
-    return calls
+def optional_run(new_command):
+    """A command with a run that it can do without."""
+    return new_command("optional", "run: str | None = None, *, predict: str | None = None")
 
 
 @pytest.mark.parametrize(
@@ -200,7 +197,7 @@ def optional_run(monkeypatch):
 )
 def test_an_optional_run_needs_no_flag(optional_run, line, expected):
     assert mirl.cli.main(["optional", *line.split()]) == 0
-    assert optional_run == [expected]
+    assert optional_run == [dict(zip(("run", "predict"), expected, strict=True))]
 
 
 @pytest.mark.parametrize(
@@ -266,7 +263,7 @@ def test_folders_without_usable_images_are_one_line(mistake, tmp_path):
     empty.mkdir()
     assert "has no images, but 0 other files" in mistake(data=str(empty))
     (empty / "notes.txt").write_text("x")
-    assert "has no images, but 1 other files" in mistake(data=str(empty))
+    assert "has no images, but 1 other file" in mistake(data=str(empty))
     for index in range(5):
         (empty / f"{index}.jpg").write_bytes(b"")
     message = mistake(data=str(empty))

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from mirl.cli import COMMANDS
+
 TORCH = ("torch", "numpy", "timm", "torchvision", "PIL", "matplotlib")
 OTHERS = ("sklearn", "scipy.stats", "tensorboard", "bokeh", "jinja2", "pandas", "onnx", "gradio", "transformers")
 
@@ -28,9 +30,10 @@ def loaded(arguments, folder):
     "arguments, expected",
     [
         ("--help", 0),
-        ("finetune --help", 0),
-        ("pretrain --help", 0),
+        *((f"{command} --help", 0) for command in COMMANDS),
         ("finetune --bogus 1", 2),
+        ("probe --pool max", 2),
+        ("convert a b --to keras", 2),
         ("study broken.yaml", 2),
     ],
 )
@@ -39,8 +42,3 @@ def test_help_and_mistakes_load_no_pytorch(tmp_path, arguments, expected):
     code, modules = loaded(arguments, tmp_path)
     assert code == expected
     assert modules & {*TORCH, *OTHERS} == set()
-
-
-def test_a_report_is_explained_without_pytorch(tmp_path):
-    code, modules = loaded("report --help", tmp_path)  # its pictures and series are numpy's and Pillow's
-    assert code == 0 and modules & ({*TORCH, *OTHERS} - {"numpy", "PIL"}) == set()

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mirl.errors import plural
 from mirl.methods import Context, MethodName
 from mirl.models.autoencoder import Autoencoder
 from mirl.models.encoder import embed_visible, parse_model, run_segments
@@ -147,7 +148,7 @@ def info(
         )
     width, heads, depth = parse_model(model)
     decoders, shape, built = len(autoencoder.decoders), autoencoder.shape, len(encoder.blocks)
-    blocks = f"{depth} blocks" if built == depth else f"the first {built} of {depth} blocks"
+    blocks = plural(depth, "block") if built == depth else f"the first {built} of {depth} blocks"
     (height, across), patch = settings.image_size, settings.patch_size
     million, giga = (lambda n: f"{n / 1e6:.1f} M"), (lambda n: f"{n / 1e9:.2f} G")
     print(f"""\

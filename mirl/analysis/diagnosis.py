@@ -116,7 +116,3 @@ def percent(share: float) -> str:
 
 def points(share: float) -> str:
     return f"{100 * share:.1f} points"
-
-
-def counted(count: int, word: str) -> str:
-    return f"{count} {word}{'s' * (count > 1)}"

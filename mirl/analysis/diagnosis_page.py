@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from mirl.analysis.diagnosis import Diagnosis
+from mirl.errors import plural
 from mirl.training.files import atomic
 
 COLUMNS, WIDTH, PANEL = 4, 15.0, 2.75  # panels in a row; inches of the page's width and of a row's height
@@ -170,7 +171,8 @@ def _trials(diagnoses: Sequence[Diagnosis], axes: Any) -> None:
         found = [[100 * trial.top1 for trial in d.trials if trial.count == count] for count in counts]
         axes.plot(counts, [sum(values) / len(values) for values in found], color=colour, linewidth=1.3)
         axes.plot([t.count for t in d.trials], [100 * t.top1 for t in d.trials], ".", color=colour, markersize=5)
-    _style(axes, f"fine-tuned {diagnoses[0].epochs} epochs, top-1, %, each seed", "last blocks with fresh weights")
+    epochs = plural(diagnoses[0].epochs, "epoch")
+    _style(axes, f"fine-tuned {epochs}, top-1, %, each seed", "last blocks with fresh weights")
 
 
 def _cka(d: Diagnosis, index: int, count: int, axes: Any) -> None:

@@ -13,7 +13,7 @@ from mirl.analysis.cost import parameter_count, step_cost
 from mirl.analysis.machines import GIB, Machine, assumed_efficiency, gpu_named, this_machine
 from mirl.analysis.memory import Memory, step_memory
 from mirl.analysis.timing import time_step
-from mirl.errors import UserError
+from mirl.errors import UserError, plural
 from mirl.models.autoencoder import Autoencoder
 from mirl.models.encoder import parse_model
 from mirl.tasks.settings.planning import HERE, PlanOptions
@@ -117,8 +117,8 @@ def _measured(given: PlanOptions, flops: float, memory: Memory, settings: Resolv
     micro_batch = _at_once(memory, machine, min(AT_ONCE_ON_CPU if cpu else AT_ONCE, share))
     timing = time_step(fabric, settings, max(1, min(micro_batch, TIMED_ON_CPU) if cpu else micro_batch))
     words = (
-        f"measured here: {timing.blocks[0]} blocks with all decoders, {timing.blocks[1]} blocks alone, "
-        f"{timing.images} images at once"
+        f"measured here: {plural(timing.blocks[0], 'block')} with all decoders, "
+        f"{plural(timing.blocks[1], 'block')} alone, {plural(timing.images, 'image')} at once"
     )
     efficiency = flops / timing.passes / machine.peak(settings.precision)
     return Pace(machine, micro_batch, share * timing.passes + timing.update, efficiency, words)
@@ -152,22 +152,23 @@ def _lines(given: PlanOptions, settings: Resolved, model: Autoencoder, p: RunPla
     (height, across), single = settings.image_size, p.precision == "32"
     rate = f"{machine.peak(p.precision) / 1e12:.4g} TFLOP/s in {'float32' if single else p.precision}"
     price = "" if p.cost is None else f"; {p.cost:,.0f} at {given.price:g} an hour"
-    at_once = f"{memory.needed(pace.micro_batch) / GIB:.3g} GiB for {pace.micro_batch} images at once"
+    at_once = f"{memory.needed(pace.micro_batch) / GIB:.3g} GiB for {plural(pace.micro_batch, 'image')} at once"
     return [
-        f"{given.model}: {given.images} images, {given.epochs} epochs, batch {given.batch_size}",
+        f"{given.model}: {plural(given.images, 'image')}, {plural(given.epochs, 'epoch')}, batch {given.batch_size}",
         f"machine: {given.gpus} x {machine.name}, each {rate}, {machine.memory:.4g} GiB",
-        f"pre-training: {given.method}, {len(model.decoders)} x {shape.depth} decoder blocks {shape.width} wide, "
-        f"{given.mask_ratio:.0%} masked, {height}x{across} px",
+        f"pre-training: {given.method}, {len(model.decoders)} x {plural(shape.depth, 'decoder block')} {shape.width} "
+        f"wide, {given.mask_ratio:.0%} masked, {height}x{across} px",
         f"  parameters   {p.parameters / 1e6:.1f} M",
         f"  arithmetic   {p.flops / 1e9:.1f} GFLOP an image, {p.flops * given.batch_size * p.steps:.3g} FLOP in all",
         f"  efficiency   {pace.efficiency:.0%} of these FLOP/s, {pace.source}",
-        f"  step         {pace.seconds:.3g} s for {given.share} images on each device; {p.steps} steps",
+        f"  step         {pace.seconds:.3g} s for {plural(given.share, 'image')} on each device; "
+        f"{plural(p.steps, 'step')}",
         f"  run          {duration(p.hours * 3600)} if data keep up, {p.device_hours:,.1f} device-hours{price}",
         f"  data         {_count(p.images_per_second)} images/s in all, {_count(p.images_per_second / given.gpus)} for "
         "each device",
         f"  memory       {memory.needed(0) / GIB:.3g} GiB for weights, gradients and AdamW, {memory.image / 2**20:.3g} "
         f"MiB an image; {at_once if pace.micro_batch else 'not one image fits'}",
-        f"  fits         {p.fits} images at once in {USABLE:.0%} of a device's memory; with --checkpointing "
+        f"  fits         {plural(p.fits, 'image')} at once in {USABLE:.0%} of a device's memory; with --checkpointing "
         f"{p.fits_checkpointed},",
         f"               of {memory.checkpointed / 2**20:.3g} MiB each, for {p.recomputed:.0%} more arithmetic",
     ]

@@ -21,7 +21,7 @@ from mirl.data.transforms import fixed_view
 from mirl.errors import UserError
 from mirl.methods import Term
 from mirl.tasks.pretrain import split_off_held_out
-from mirl.training.files import atomic
+from mirl.training.files import atomic, check_writable
 from mirl.training.reconstructions import Components, Reconstruction, parts_of, to_rgb
 from mirl.training.runs import RunFolder, console, read_config
 
@@ -58,6 +58,7 @@ def reconstruct(
     if (block is not None) + (mask is not None) + (mask_ratio is not None) > 1:
         raise UserError("--mask_ratio, --block and --mask exclude each other; give one")
     path = _out(run, out)
+    check_writable(path)
     model = Reconstructor(run, image_size=image_size)
     if block is not None:
         hidden = [model.block_mask(block)] * MOST

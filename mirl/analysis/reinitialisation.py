@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mirl.errors import UserError
+from mirl.errors import UserError, plural
 from mirl.tasks.finetune import finetune
 from mirl.training.runs import console, duration, read_config
 
@@ -36,7 +36,8 @@ def counts(depth: int, given: Sequence[int] | None) -> list[int]:
     """
     chosen = np.round(np.linspace(0, max(1, depth // 2), 5)).astype(int).tolist() if given is None else given
     if wrong := [count for count in chosen if not 0 <= count <= depth]:
-        raise UserError(f"--reinit_blocks {wrong[0]} is not allowed: the encoder has {depth} blocks; give 0 to {depth}")
+        blocks = plural(depth, "block")
+        raise UserError(f"--reinit_blocks {wrong[0]} is not allowed: the encoder has {blocks}; give 0 to {depth}")
     return sorted({0, *chosen})
 
 
@@ -61,7 +62,7 @@ def reinitialise(
     plan = {(k, seed): folder / f"k{k:02}_seed{seed}" for seed in seeds for k in counts}
     waiting = [key for key, run in plan.items() if not (run / "results.json").exists()]
     console.print(
-        f"{weights}: {len(plan)} fine-tunings of {options['epochs']} epoch{'s' * (options['epochs'] > 1)}, "
+        f"{weights}: {plural(len(plan), 'fine-tuning')} of {plural(options['epochs'], 'epoch')}, "
         f"{len(plan) - len(waiting)} of them are there; {len(waiting)} take{'s' * (len(waiting) == 1)} about "
         f"{duration(seconds * len(waiting))}",
         markup=False,

@@ -24,7 +24,8 @@ from torch.nn import functional as F
 from mirl.data.loading import Views
 from mirl.errors import UserError
 from mirl.tasks.blocks import ROWS, effective_rank, spread, token_similarity
-from mirl.tasks.features import FrozenEncoder, ReadingOptions, batches
+from mirl.tasks.features import FrozenEncoder, batches
+from mirl.tasks.settings.features import ReadingOptions
 
 CKA_ROWS = 1000  # of the rows of the rank; a Gram matrix of each block is in memory at once, 4 MB each
 ALIKE = 1e-12  # share of a Gram matrix that float32 rounding leaves between rows that are equal

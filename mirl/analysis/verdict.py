@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
 
-from mirl.analysis.diagnosis import READ_OUTS, Diagnosis, compare, counted, percent, points, spans
+from mirl.analysis.diagnosis import READ_OUTS, Diagnosis, compare, percent, points, spans
 from mirl.analysis.representations import Measures
+from mirl.errors import plural
 from mirl.tasks.accuracy import wilson
 
 # A block is idle if it changes tokens by a tenth of what the median block does (later blocks change a growing residual
@@ -220,8 +221,8 @@ def _harmed(d: Diagnosis) -> Iterable[Finding]:
     means = ", ".join(f"{count}: {percent(mean(found))}" for count, found in sorted(by_count.items()))
     apart = f"at most {points(spread)} apart" if seeds > 1 else "so no spread is known"
     sentence = (
-        f"{said}. Accuracy by number of fresh last blocks: {means} (fine-tuned for {counted(d.epochs, 'epoch')}; "
-        f"{counted(seeds, 'seed')}, {apart}; {images} test images, which leave ± {points(half)} open)."
+        f"{said}. Accuracy by number of fresh last blocks: {means} (fine-tuned for {plural(d.epochs, 'epoch')}; "
+        f"{plural(seeds, 'seed')}, {apart}; {images} test images, which leave ± {points(half)} open)."
     )
     harmed = beyond_seeds and beyond_images
     top1 = {str(count): found for count, found in by_count.items()}

@@ -10,14 +10,15 @@ from rich.progress import track
 from mirl.checkup.findings import findings
 from mirl.checkup.quarantine import check_outside, check_quarantine, move_broken
 from mirl.checkup.records import Records
-from mirl.checkup.report import PICTURE, DataReport, Speed
+from mirl.checkup.report import JSON, PICTURE, DataReport, Speed
 from mirl.checkup.sizes_picture import draw_sizes
 from mirl.checkup.suggestion import Kept, suggest, views_per_second
 from mirl.data.inspection import Inspection, inspect, lost
 from mirl.data.scanning import Lost, scan
 from mirl.data.sources import ImageFiles, open_source
-from mirl.errors import UserError, printable
+from mirl.errors import UserError, plural, printable
 from mirl.tasks.options import COUNT, NOT_NEGATIVE, POSITIVE, available_cores, default_folder
+from mirl.training.files import check_writable
 from mirl.training.runs import console
 
 RANGES = {"sample": COUNT, "channels": COUNT, "gpus": NOT_NEGATIVE, "timeout": POSITIVE, "workers": COUNT}
@@ -97,6 +98,7 @@ def _open(data: str, channels: int, folder: Path, quarantine: Path | None) -> Im
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
+    check_writable(folder / JSON)
     return source
 
 
@@ -107,7 +109,7 @@ def look_at(source: ImageFiles, sample: int | None, timeout: float, processes: i
         members = np.sort(np.random.default_rng(0).choice(len(source), sample, replace=False))
     records = Records(source, members)
     found = scan(partial(_inspect, source), members, processes=processes, timeout=timeout)
-    title = f"looking at {len(members):,} files"
+    title = f"looking at {plural(len(members), 'file', form=',')}"
     for member, result in track(
         found, title, total=len(members), console=console, transient=True, disable=not console.is_terminal
     ):

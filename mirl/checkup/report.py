@@ -14,6 +14,7 @@ from mirl.checkup.quarantine import UNDO
 from mirl.checkup.records import Records
 from mirl.checkup.suggestion import Kept, Suggestion, advice
 from mirl.data.inspection import Trait
+from mirl.errors import plural
 from mirl.training.files import atomic
 
 JSON, PICTURE = "doctor.json", "sizes.png"
@@ -88,7 +89,7 @@ class DataReport:
             yield "healthy   nothing is broken or odd"
         if self.quarantine:
             undo = f"; to undo: sh {shlex.quote(str(self.quarantine / UNDO))}" if len(self.moved) else ""
-            yield f"moved     {plural(len(self.moved), 'broken file')} to {self.quarantine}{undo}"
+            yield f"moved     {plural(len(self.moved), 'broken file', form=',')} to {self.quarantine}{undo}"
         if self.suggestion:
             yield from (f"suggested {choice:<32} {reason}" for choice, reason in self.suggestion.reasons())
             yield from (f"advice    {line}" for line in self.advice())
@@ -102,8 +103,8 @@ class DataReport:
     def _about(self) -> Iterator[str]:
         f, source = self.figures(), self.records.source
         looked_at = f"{f['looked_at']:,} of them looked at, so figures are estimates; " if self.sampled else ""
-        others = f"{plural(f['other_files'], 'other file')} ignored"
-        yield f"data      {self.data}: {plural(f['files'], 'image file')}; {looked_at}{others}"
+        others = f"{plural(f['other_files'], 'other file', form=',')} ignored"
+        yield f"data      {self.data}: {plural(f['files'], 'image file', form=',')}; {looked_at}{others}"
         yield from (f"unread    the folder {folder} cannot be listed" for folder in source.unreadable)
         if not f["usable"]:
             return
@@ -141,11 +142,6 @@ class DataReport:
                     file.write(f"{',' if i else ''}\n  {json.dumps({'file': name, 'detail': detail})}")
                 file.write("\n]}")
             file.write("\n]}\n")
-
-
-def plural(count: int, noun: str, ending: str = "s") -> str:
-    """Return a count with its noun: 1 image, 2 images."""
-    return f"{count:,} {noun}{ending if count != 1 else ''}"
 
 
 def _quantiles(values: np.ndarray) -> dict[str, float]:

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from mirl.checkup.records import Records
+from mirl.errors import plural
 from mirl.models.patches import Size
 from mirl.training.files import atomic
 
@@ -20,7 +21,7 @@ def draw_sizes(records: Records, image_size: Size, title: str, path: Path) -> No
     """Draw two histograms to a PNG at `path`; `image_size` is the suggested one."""
     height, width = (records.of_usable(side).astype(np.float32) for side in ("height", "width"))
     figure = Figure(figsize=(9, 3.4), dpi=120, layout="constrained")
-    figure.suptitle(f"{title}: {len(height):,} images", fontsize=10, parse_math=False)
+    figure.suptitle(f"{title}: {plural(len(height), 'image', form=',')}", fontsize=10, parse_math=False)
     left, right = figure.subplots(1, 2)
     _sides(left, np.minimum(height, width), min(image_size))
     _shapes(right, width / height)

@@ -15,6 +15,7 @@ from mirl.checkup.records import Records
 from mirl.data.decode import BadImage
 from mirl.data.loading import Views
 from mirl.data.transforms import training_view
+from mirl.errors import plural
 from mirl.models.patches import Size
 from mirl.tasks.pretrain import split_off_held_out, typical_side
 from mirl.tasks.settings.pretraining import Pretraining, Resolved, resolve
@@ -86,8 +87,8 @@ class Suggestion:
 
     def reasons(self) -> list[tuple[str, str]]:
         """Return each choice, in words, and what it rests on."""
-        s, images = self.settings, f"{self.training:,} images to train on"
-        devices = f"{self.gpus} GPU{'s' if self.gpus > 1 else ''}" if self.gpus else "no GPU"
+        s, images = self.settings, f"{plural(self.training, 'image', form=',')} to train on"
+        devices = f"{plural(self.gpus, 'GPU')}" if self.gpus else "no GPU"
         return [
             (f"image size {s.image_size[0]}, patch size {s.patch_size[0]}", f"shorter sides of about {self.side:g} px"),
             (f"model {s.model}", f"{images}, {devices}"),

@@ -15,7 +15,7 @@ from mirl.data.instances import Category, Instances, InstanceSplit
 from mirl.data.oriented import read_as_annotated
 from mirl.data.run_lengths import decode
 from mirl.data.splits import divided
-from mirl.errors import UserError
+from mirl.errors import UserError, plural
 
 
 class CocoInstances:
@@ -157,7 +157,7 @@ def _training(source: CocoInstances, members: np.ndarray) -> InstanceSplit:
     if not len(kept):
         raise UserError(f"no image for training has a usable annotation in {str(source.file.path)!r}; annotate more")
     if left_out := len(members) - len(kept):
-        notes = (*notes, f"{left_out} image{'s' if left_out > 1 else ''} without instances not trained on")
+        notes = (*notes, f"{plural(left_out, 'image')} without instances not trained on")
     return InstanceSplit(source, kept, notes)
 
 

@@ -21,7 +21,7 @@ from mirl.data.instances import Category
 from mirl.data.packed import PackedStrings
 from mirl.data.run_lengths import Malformed, area, compress
 from mirl.data.sources import ImageFiles, open_source
-from mirl.errors import UserError, printable
+from mirl.errors import UserError, plural, printable
 
 EXAMPLES = 3
 TRIED = 20  # images by which their folder is found
@@ -117,7 +117,7 @@ class _Notes:
         """Note that the things with the numbers `wrong` are skipped."""
         if len(wrong):
             examples = ", ".join(printable(name(index)) for index in wrong[:EXAMPLES].tolist())
-            self.lines.append(f"{len(wrong)} {what}{'s' if len(wrong) > 1 else ''} skipped: {why}, e.g. {examples}")
+            self.lines.append(f"{plural(len(wrong), what)} skipped: {why}, e.g. {examples}")
 
 
 def _categories(table: Table) -> tuple[Category, ...]:

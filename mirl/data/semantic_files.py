@@ -14,7 +14,7 @@ from mirl.data.oriented import read_as_annotated
 from mirl.data.packed import PackedStrings
 from mirl.data.semantic_classes import Vocabulary
 from mirl.data.sources import ImageFiles, open_source
-from mirl.errors import UserError
+from mirl.errors import UserError, plural
 
 SUFFIX = ".png"
 
@@ -64,7 +64,7 @@ def open_pairs(images: Path, folder: Path, channels: int, *, examples: int = 10)
             f"{stems[0] + SUFFIX!r}, but there is {there!r}; give labels the names of their images"
         )
     left_over = sorted(found.keys() - set(stems))
-    many = f"{len(left_over)} label{'s' if len(left_over) > 1 else ''} without an image"
+    many = f"{plural(len(left_over), 'label')} without an image"
     notes = (f"{many}, such as {found[left_over[0]]!r}",) if left_over else ()
     labels = PackedStrings(found.get(stem, stem + SUFFIX) for stem in stems)
     return Pairs(files, folder, labels, tuple(present[:examples]), notes)

@@ -33,7 +33,7 @@ from mirl.data.pictures import DecodedPicture, Picture, open_picture
 from mirl.data.shards.names import FORMS, names_shards
 from mirl.data.shards.opening import open_shards
 from mirl.data.walking import read_list, suffix, walk
-from mirl.errors import UserError, printable
+from mirl.errors import UserError, plural, printable
 
 LIST_SUFFIXES = (".txt", ".lst")
 NAMED = 5  # folders that cannot be listed
@@ -216,8 +216,8 @@ def _open_folder(folder: str, channels: int) -> ImageFiles:
     suffixes = image_suffixes(channels)
     found = remembered(folder, suffixes, partial(walk, folder, suffixes))
     if not found.paths:
-        closed = f" and {len(found.unreadable)} folders that cannot be read" if found.unreadable else ""
-        others = f"{found.ignored} other files{closed}"
+        closed = f" and {plural(len(found.unreadable), 'folder')} that cannot be read" if found.unreadable else ""
+        others = f"{plural(found.ignored, 'other file')}{closed}"
         raise UserError(f"{folder!r} has no images, but {others}; {_allowed_suffixes(channels)}")
     return ImageFiles(
         folder, found.paths, channels, ignored=found.ignored, unreadable=found.unreadable, remembered=found.remembered

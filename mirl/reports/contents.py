@@ -17,7 +17,7 @@ from mirl.training.runs import TRAINED, Command, RunFolder, command_of, read_con
 
 Row = dict[str, Any]
 KINDS = ("train", "held_out", "blocks", "gradients", "pictures", "incident")
-SKIPPED = re.compile(r"^[\d-]{10} [\d:]{8} skipped (?!\d+ unusable files so far)(.*)$", re.MULTILINE)
+SKIPPED = re.compile(r"^[\d-]{10} [\d:]{8} skipped (?!\d+ unusable files? so far)(.*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from mirl.reports.contents import Run, read_runs
 from mirl.reports.panels import galleries
 from mirl.reports.sections import Section, reconstructions, sections
 from mirl.reports.tables import ARROW, about, key_figures, side_by_side, status
-from mirl.training.files import atomic
+from mirl.training.files import atomic, check_writable
 from mirl.training.runs import console
 
 LIMIT = 4_900_000  # bytes of the page
@@ -34,6 +34,7 @@ def report(runs: list[str], *, out: str | None = None) -> Path:
     found = read_runs(runs)
     default = found[0].folder / "report.html" if len(found) == 1 else Path("comparison.html")
     path = Path(out).expanduser() if out else default
+    check_writable(path)
     _write(found, path)
     console.print(f"saved {path}", markup=False)
     return path

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mirl.errors import plural
 from mirl.reports.contents import Row, Run, number
 from mirl.reports.series import Series, series
 from mirl.training.runs import TRAINED, Command, duration
@@ -57,7 +58,7 @@ def key_figures(run: Run) -> dict[str, str]:
 def status(run: Run) -> str:
     """Say how far a run is."""
     if run.finished:
-        return f"finished after {run.step:,} steps"
+        return f"finished after {plural(run.step, 'step', form=',')}"
     written = f" (last written {run.written:%Y-%m-%d %H:%M})" if run.written else ""
     if not run.steps:
         return f"no step recorded yet{written}"
@@ -119,7 +120,7 @@ def evaluations(runs: Sequence[Run], command: Command) -> list[tuple[tuple[str, 
         for pattern, what in EVALUATIONS.items() if run.command == command else ():
             for document in run.documents(pattern).found.values():
                 images = number(document.get("images"))
-                count = f"{images:,.0f} images" if images is not None else ""
+                count = f"{plural(images, 'image', form=',.0f')}" if images is not None else ""
                 judged = ", ".join(filter(None, (data_of(document), what, count)))
                 name, scales = (run.name,) if len(runs) > 1 else (), document.get("multi_scale")
                 found.append(((*name, f"{judged}, several sizes" if scales is True else judged), document))

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mirl.errors import plural
 from mirl.models.encoder import parse_model
 from mirl.models.masking import visible_count
 from mirl.models.patches import grid_size
@@ -55,7 +56,7 @@ def estimate(found: Found, data: str | None = None, runs: Path | None = None) ->
             spent.setdefault(stage.command, []).append(both)
     if timed:
         rates = {command: _rate(both) for command, both in spent.items()}
-        words = f"from {len(timed)} cell{'s' * (len(timed) > 1)} timed on {here}"
+        words = f"from {plural(len(timed), 'cell')} timed on {here}"
         return Estimate(study, words, rates, _rate(both for pairs in spent.values() for both in pairs), data, runs)
     expected = study.expected
     typical = replace(found.cells[0], depth=expected.depth)

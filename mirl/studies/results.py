@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mirl.errors import UserError
+from mirl.errors import UserError, plural
 from mirl.reports.contents import read_run
 from mirl.studies.definition import Cell, Study
 from mirl.studies.stages import Command, Stage, fingerprint_of, stages_of
@@ -153,7 +153,7 @@ def hardware() -> dict[str, Any]:
     """Name the GPU, or the CPU and how many of its threads compute."""
     if torch.cuda.is_available():
         return {"device": torch.cuda.get_device_name(), "cores": available_cores()}
-    return {"device": f"{_cpu()}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}",
+    return {"device": f"{_cpu()}, {plural(torch.get_num_threads(), 'thread')}",
             "cores": available_cores()}  # fmt: skip
 
 

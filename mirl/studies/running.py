@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from mirl.errors import UserError
+from mirl.errors import UserError, plural
 from mirl.studies.cells import count_images, run_cell
 from mirl.studies.definition import Study
 from mirl.studies.estimate import Estimate, estimate
@@ -86,7 +86,7 @@ def _say_plan(found: Found, guess: Estimate) -> None:
     other = f", {len(found.other)} of them with a result of another definition" if found.other else ""
     lines = [
         f"{found.study.path}: {found.study.title}",
-        f"{len(found.cells)} cells, {len(found.done)} finished, {len(missing)} missing{other}",
+        f"{plural(len(found.cells), 'cell')}, {len(found.done)} finished, {len(missing)} missing{other}",
     ]
     if missing:
         lines += [f"about {duration(guess.seconds(*missing))} ({guess.words})", f"next: {missing[0].name}"]

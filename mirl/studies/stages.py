@@ -13,19 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mirl.analysis.degradation import DiagnoseOptions
-from mirl.errors import UserError
+from mirl.errors import UserError, plural
 from mirl.models.encoder import check_sizes
 from mirl.models.masking import visible_count
 from mirl.models.patches import grid_size, pair
 from mirl.studies.definition import Cell, Study
 from mirl.studies.reading import build
-from mirl.tasks.knn import KNNOptions
 from mirl.tasks.options import FREE, OF_THIS_START, built_in
 from mirl.tasks.pretrain import split_off_held_out
-from mirl.tasks.probe import ProbeOptions
+from mirl.tasks.settings.diagnosis import DiagnoseOptions
 from mirl.tasks.settings.finetuning import Finetuning, resolve_finetuning
 from mirl.tasks.settings.pretraining import Pretraining, Resolved, decoder_shape, method_of, resolve
+from mirl.tasks.settings.readouts import KNNOptions, ProbeOptions
 
 Command = Literal["pretrain", "finetune", "probe", "knn", "diagnose"]
 OPTIONS: dict[Command, type] = {
@@ -107,7 +106,7 @@ def pretraining_of(study: Study, cell: Cell) -> tuple[dict[str, Any], Resolved]:
     if "image_size" not in given:
         raise UserError("pretrain has no image_size; add it")
     if cell.replaced > cell.depth:
-        raise UserError(f"{cell.replaced} blocks cannot be replaced; give at most {cell.depth}")
+        raise UserError(f"{plural(cell.replaced, 'block')} cannot be replaced; give at most {cell.depth}")
     if study.truncates(cell.method):
         given["taps"] = [cell.depth - cell.replaced]
     options = {"model": f"{study.model}_{cell.depth}", **_training(given, cell), "block_figures": False}
@@ -118,7 +117,8 @@ def pretraining_of(study: Study, cell: Cell) -> tuple[dict[str, Any], Resolved]:
     method = method_of(settings)
     blocks, rest = divmod(study.decoder_blocks, len(method.taps))
     if rest or not blocks:
-        raise UserError(f"decoder_blocks {study.decoder_blocks} cannot be shared by {len(method.taps)} decoders")
+        decoders = plural(len(method.taps), "decoder")
+        raise UserError(f"decoder_blocks {study.decoder_blocks} cannot be shared by {decoders}")
     settings = dataclasses.replace(settings, decoder_depth=blocks)
     decoder_shape(settings, method)
     check_sizes(settings.image_size, settings.patch_size)

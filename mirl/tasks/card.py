@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from mirl.errors import plural
 from mirl.models.weights import AutoencoderWeights, Weights
 
 # Options of the machine and the folder, which say nothing of the weights.
@@ -62,7 +63,8 @@ def model_card(weights: Weights | AutoencoderWeights, run: Path | None, kind: st
 def _title(weights: Weights | AutoencoderWeights) -> str:
     if isinstance(weights, AutoencoderWeights):
         return f"{weights.settings['model']}, pre-trained with its decoders ({weights.settings['method']})"
-    return f"{weights.name}, {f'classifier of {len(weights.classes)} classes' if weights.classes else 'encoder'}"
+    classes = plural(len(weights.classes), "class", "es")
+    return f"{weights.name}, {f'classifier of {classes}' if weights.classes else 'encoder'}"
 
 
 def _input(weights: Weights | AutoencoderWeights) -> str:
@@ -100,7 +102,8 @@ def _figures(run: Path) -> str:
     if held_out:
         first, last = held_out[0], held_out[-1]
         lines.append(
-            f"Held-out loss: {first['loss']:.4g} before training, {last['loss']:.4g} after {last['step']} steps."
+            f"Held-out loss: {first['loss']:.4g} before training, {last['loss']:.4g} after "
+            f"{plural(last['step'], 'step')}."
         )
     for name, result in (_read(run / "results.json", json.loads) or {}).items():
         if isinstance(result, dict) and "top1" in result:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.utils.parametrize import remove_parametrizations
 
-from mirl.errors import UserError
+from mirl.errors import UserError, plural
 from mirl.formats.paddle import read_checkpoint
 from mirl.formats.reference import Reference
 from mirl.formats.shapes import Heads
@@ -25,7 +25,8 @@ from mirl.models.weights import AutoencoderWeights, Weights
 from mirl.tasks.card import model_card, run_of
 from mirl.tasks.destinations import DESTINATIONS, Outputs, mask_noise, model_of, outputs, returns_of
 from mirl.tasks.settings.pretraining import Resolved, autoencoder_of
-from mirl.tasks.weights import PADDLE, PYTORCH, build_autoencoder, encoder_of, load_pytorch, open_checkpoint
+from mirl.tasks.weight_files import PADDLE, PYTORCH, load_pytorch
+from mirl.tasks.weights import build_autoencoder, encoder_of, open_checkpoint
 from mirl.training.runs import console
 
 Kind = Literal["timm", "huggingface", "huggingface_mae", "safetensors", "onnx", "torch_export"]
@@ -79,7 +80,8 @@ def convert(
         overwrite: replace what is at the destination
 
     Raises:
-        UserError: if the source cannot be read, the destination's format cannot hold it, or the two sides disagree.
+        UserError: if the source cannot be read or has another form than was given, the destination's format cannot hold
+            it, or the two sides disagree.
     """
     if to not in DESTINATIONS:
         raise UserError(f"--to {to} is not known; give {', '.join(DESTINATIONS)}")
@@ -94,6 +96,7 @@ def convert(
         decoders=kind.decoders,
         encoder_only=not kind.decoders,
     )
+    _check_form(opened, source, heads=heads, decoder_heads=decoder_heads, taps=taps)
     if to == "huggingface_mae" and isinstance(opened, Weights):
         raise UserError(f"{source} has no decoder; give the run folder of mirl pretrain --method mae")
     images = torch.randn(IMAGES, *_input_shape(opened), generator=torch.Generator().manual_seed(0))
@@ -172,6 +175,23 @@ def _check_destination(path: Path, to: Kind, overwrite: bool) -> None:
             raise UserError(
                 f"{path} is not a model's folder, and --overwrite would delete it; give another destination"
             )
+
+
+def _check_form(opened: Weights | AutoencoderWeights, source: str, **given: int | list[int] | None) -> None:
+    """Raise UserError about an option that the source did not need, and that says something else than it."""
+    if isinstance(opened, AutoencoderWeights):
+        model = _meta(opened)
+        form = {
+            "heads": model.encoder.blocks[0].attn.num_heads, "decoder_heads": model.shape.heads,
+            "taps": list(model.method.taps),
+        }  # fmt: skip
+    else:
+        form = {"heads": opened.arguments["num_heads"]}
+    for name, value in given.items():
+        if value is not None and name not in form:
+            raise UserError(f"--{name} {value} is of decoders, and only the encoder is converted here; leave it out")
+        if value is not None and value != form[name]:
+            raise UserError(f"--{name} {value} is not what {source} says, {form[name]}; leave it out")
 
 
 def _check_upload(name: str | None, public: bool, to: Kind) -> None:
@@ -274,9 +294,9 @@ def _describe(weights: Weights | AutoencoderWeights) -> str:
     if isinstance(weights, AutoencoderWeights):
         model = _meta(weights)
         taps = ", ".join(map(str, model.method.taps))
-        parts.append(f"{len(model.decoders)} decoders of {model.method.name} after blocks {taps}")
+        parts.append(f"{plural(len(model.decoders), 'decoder')} of {model.method.name} after blocks {taps}")
     elif weights.classes:
-        parts.append(f"{len(weights.classes)} classes")
+        parts.append(f"{plural(len(weights.classes), 'class', 'es')}")
     return ", ".join([*parts, f"{count:.1f} M numbers"])
 
 

@@ -18,7 +18,8 @@ from mirl.models.masking import split
 from mirl.models.patches import gather, patchify
 from mirl.models.weights import AutoencoderWeights, Weights
 from mirl.tasks.export import write_encoder
-from mirl.tasks.weights import about, build_autoencoder, encoder_of, open_checkpoint
+from mirl.tasks.weight_files import about
+from mirl.tasks.weights import build_autoencoder, encoder_of, open_checkpoint
 from mirl.training.checkpoints import save_tensors
 
 Outputs = list[Tensor]

@@ -1,5 +1,6 @@
 """`mirl detect`: object detection and instance segmentation with Mask R-CNN on a pre-trained ViT. Paper: Table 4."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mirl.tasks.run import carry_out
 from mirl.tasks.settings.detection import Detection, resolve_detection
 from mirl.tasks.weights import open_weights
 from mirl.training import processes
+from mirl.training.files import check_writable
 from mirl.training.runs import RunFolder, read_config
 
 WITH_A_RUN = ("batch_size", "workers", "out")  # options that also mean something where nothing is trained
@@ -49,12 +51,14 @@ def detect(
             raise UserError(
                 "--predict and --onnx need a trained run; give it first, as in mirl detect RUN --predict DIR"
             )
-        return train_detector(settings)
+        return train_detector(settings, options)
     if not (predict or onnx):
         raise UserError(f"give --predict or --onnx with the run {run}, or --weights in its place to train")
     if not 0 <= threshold <= 1:
         raise UserError(f"--threshold {threshold} is not allowed; give 0 to 1")
     check_only(settings, WITH_A_RUN)
+    if onnx:
+        check_writable(Path(onnx), "onnx")
     detector, categories = load_detector(run)
     if predict:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -71,11 +75,11 @@ def detect(
     return written
 
 
-def train_detector(settings: Detection) -> Path:
-    """Train a detector and return the run folder; see `detect`."""
+def train_detector(settings: Detection, named: Collection[str]) -> Path:
+    """Train a detector and return the run folder; see `detect`. `named` are the options that the user named."""
     settings = after_restart(settings)
     if settings.resume:
-        settings = resumed(settings, read_config(settings.run_folder))
+        settings = resumed(settings, named, read_config(settings.run_folder))
     if not settings.weights:
         raise UserError("--weights is missing; give a run folder of mirl pretrain, or a timm name")
     precision = processes.precision_of(settings.precision)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mirl.data.instance_views import coco_view, jitter_view, whole_view
 from mirl.data.instances import InstanceBatch, Instances, InstanceSplit, InstanceViews, View
 from mirl.data.loading import collate
+from mirl.errors import plural
 from mirl.heads.mask_rcnn import Detector
 from mirl.models.weights import Weights
 from mirl.tasks.accuracy import write_json
@@ -110,15 +111,17 @@ class DetectTask(HeadTask[InstanceBatch]):
             notes.append("--window has no effect without --protocol vitdet")
         seen = f"squares of {s.image_size} px" if s.protocol == "vitdet" else f"{s.image_size} px, at most {s.largest}"
         attention = f"windows of {s.window} patches" if s.protocol == "vitdet" else "among all patches"
+        steps = len(self.training) // s.batch_size
         return [
-            f"data      {s.data}: {len(self.train)} images to train on, {len(self.val)} to test, "
-            f"{len(self.names_of_classes)} classes",
-            f"model     Mask R-CNN on {s.weights}: ViT of {len(self.encoder.blocks)} blocks, attention {attention}, "
-            f"heads {s.width} wide, {s.regions} regions an image ({parameters:.1f} M parameters)",
-            f"input     {seen}, patches of {s.patch_size}, {w.channels} channels",
-            f"recipe    {s.protocol} · {s.epochs} epochs of {len(self.training) // s.batch_size} steps · batch "
-            f"{s.batch_size} · peak rate {s.peak_rate:.2g} after {s.warmup_epochs:.3g} epochs · layer decay "
-            f"{s.layer_decay:g} · drop path {s.drop_path:g} · seed {s.seed}",
+            f"data      {s.data}: {plural(len(self.train), 'image')} to train on, {len(self.val)} to test, "
+            f"{plural(len(self.names_of_classes), 'class', 'es')}",
+            f"model     Mask R-CNN on {s.weights}: ViT of {plural(len(self.encoder.blocks), 'block')}, "
+            f"attention {attention}, heads {s.width} wide, {plural(s.regions, 'region')} an image "
+            f"({parameters:.1f} M parameters)",
+            f"input     {seen}, patches of {s.patch_size}, {plural(w.channels, 'channel')}",
+            f"recipe    {s.protocol} · {plural(s.epochs, 'epoch')} of {plural(steps, 'step')} · batch {s.batch_size} · "
+            f"peak rate {s.peak_rate:.2g} after {plural(s.warmup_epochs, 'epoch', form='.3g')} "
+            f"· layer decay {s.layer_decay:g} · drop path {s.drop_path:g} · seed {s.seed}",
             *(f"note      {note}" for note in notes),
         ]
 

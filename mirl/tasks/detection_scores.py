@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mirl.data.instances import Category, InstanceBatch, InstanceSplit, InstanceViews, open_instance_test
-from mirl.errors import UserError
+from mirl.errors import UserError, plural
 from mirl.tasks.accuracy import write_json
 from mirl.tasks.average_precision import AveragePrecision, average_precision
 from mirl.tasks.detections import Detections, coco_results
@@ -107,7 +107,7 @@ def evaluate_detector(
     write_detections(results, folder)
     for note in (*split.notes, *(f"left out {name}: {reason}" for name, reason in bad)):
         console.print(note, markup=False)
-    console.print(f"{data}: {judged.images} images with {judged.objects} objects", markup=False)
+    console.print(f"{data}: {plural(judged.images, 'image')} with {plural(judged.objects, 'object')}", markup=False)
     console.print(f"{judged}", markup=False)
     console.print(f"saved {folder}: results.json, {DETECTIONS}", markup=False)
     return judged

@@ -19,7 +19,7 @@ from mirl.data.instances import Category
 from mirl.data.loading import Batch
 from mirl.data.run_lengths import area, encode_mask
 from mirl.data.sources import Source
-from mirl.errors import UserError
+from mirl.errors import UserError, plural
 from mirl.tasks.image_folder import readable, relative_names, save_picture, unused
 from mirl.training.files import atomic
 from mirl.training.overlays import overlay
@@ -178,8 +178,10 @@ def _area(segmentation: dict[str, Any]) -> int:
 
 
 def _summary(counts: Counter[str], hits: int, images: int, threshold: float) -> str:
+    among = plural(images, "image")
     if not counts:
-        return f"found nothing of score {threshold:g} or more in {images} images; a lower --threshold shows more"
+        return f"found nothing of score {threshold:g} or more in {among}; a lower --threshold shows more"
     listed = ", ".join(f"{name} {count}" for name, count in counts.most_common(LISTED))
-    more = f" and {len(counts) - LISTED} more classes" if len(counts) > LISTED else ""
-    return f"found {counts.total()} objects of score {threshold:g} or more in {hits} of {images} images: {listed}{more}"
+    more = f" and {plural(len(counts) - LISTED, 'more class', 'es')}" if len(counts) > LISTED else ""
+    objects = plural(counts.total(), "object")
+    return f"found {objects} of score {threshold:g} or more in {hits} of {among}: {listed}{more}"

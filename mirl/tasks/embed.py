@@ -4,36 +4,22 @@ import csv
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import numpy as np
 
 from mirl.data.loading import Views
 from mirl.data.sources import open_source
 from mirl.data.transforms import fixed_view
-from mirl.errors import UserError
-from mirl.tasks.features import FeatureOptions, batches, open_encoder
-from mirl.training.files import atomic
+from mirl.errors import UserError, plural
+from mirl.tasks.features import batches, open_encoder
+from mirl.tasks.settings.features import EmbedOptions
+from mirl.training.files import atomic, check_writable
 from mirl.training.runs import console
 
 HEADER = 128  # bytes before the numbers of an .npy file, enough for any shape
-
-
-@dataclass(frozen=True)
-class EmbedOptions(FeatureOptions):
-    """Options of `mirl embed`."""
-
-    data: str = "shapes"
-    """images: a folder (nested or flat, no labels), a glob, a text file of paths, or `shapes`"""
-    pool: Literal["mean", "cls", "patch"] = "mean"  # type: ignore[assignment]
-    """mean over patch tokens, the class token, or every patch token"""
-    out: str | None = None
-    """beginning of the files' names; by default features, in the run folder if --weights is one"""
-    table: Literal["csv", "parquet"] = "csv"
-    """kind of the table of images; parquet needs pyarrow"""
 
 
 def embed(**options: Any) -> Path:
@@ -48,11 +34,13 @@ def embed(**options: Any) -> Path:
         UserError: on a mistake in options, weights or data, or if no image can be read.
     """
     settings = EmbedOptions(**options)
+    out = _out(settings)
+    array, table, bad_table = (Path(f"{out}{end}") for end in (".npy", f".{settings.table}", "_bad.csv"))
+    for path in (array, table, bad_table):
+        check_writable(path)
     encoder = open_encoder(settings, pool=settings.pool)
     source = open_source(settings.data, channels=encoder.channels)
     dataset = Views(source, np.arange(len(source)), partial(fixed_view, size=encoder.size))
-    out = _out(settings)
-    array, table, bad_table = (Path(f"{out}{end}") for end in (".npy", f".{settings.table}", "_bad.csv"))
     bad: list[tuple[str, str]] = []
     count = 0
     try:
@@ -75,7 +63,8 @@ def embed(**options: Any) -> Path:
     shape = " x ".join(map(str, (count, *encoder.shape[1:])))
     console.print(f"saved {array} ({shape}) and {table}", markup=False)
     if bad:
-        console.print(f"left out {len(bad)} files, listed in {bad_table}, e.g. {' '.join(bad[0])}", markup=False)
+        files = plural(len(bad), "file")
+        console.print(f"left out {files}, listed in {bad_table}, e.g. {' '.join(bad[0])}", markup=False)
     return array
 
 

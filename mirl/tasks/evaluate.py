@@ -18,44 +18,22 @@ from mirl.data.labels import check_known, open_test
 from mirl.data.loading import LabelledImages
 from mirl.data.sources import Source
 from mirl.data.transforms import evaluation_view
-from mirl.errors import UserError
+from mirl.errors import UserError, plural
 from mirl.tasks.accuracy import Accuracy, Predictions, accuracy, predict, write_json
 from mirl.tasks.average_precision import AveragePrecision
 from mirl.tasks.confusion import draw_confusion
 from mirl.tasks.detection_scores import evaluate_detector
 from mirl.tasks.mean_iou import Overlap
-from mirl.tasks.options import COUNT, NOT_NEGATIVE, Options, Ranges
 from mirl.tasks.segmentation_scores import evaluate_segmenter
+from mirl.tasks.settings.evaluation import EvaluateOptions
 from mirl.tasks.trained import trained_by
 from mirl.tasks.weights import open_weights
+from mirl.training.files import check_writable
 from mirl.training.pictures import contact_sheet
 from mirl.training.runs import console
 
 WORST = 40
 CALIBRATION_BINS = 15
-
-
-@dataclass(frozen=True)
-class EvaluateOptions(Options):
-    """Options of `mirl evaluate`."""
-
-    weights: str | None = None
-    """run folder of mirl finetune, or its encoder/; or a run folder of mirl detect or mirl segment"""
-    data: str = "shapes"
-    """class folders, some or all of the classifier's; of a folder with val/ or test/ that one; for a detector a folder
-    with COCO annotations, for a segmenter one with images/ and labels/; or `shapes`"""
-    multi_scale: bool = False
-    """for a segmenter: average six sizes of each image and their mirror images"""
-    batch_size: int | None = None
-    """images computed at once; by default 64, for a detector 1; a segmenter takes them one by one"""
-    workers: int | None = None
-    """data workers; by default one per core of a GPU, at most 16; on a CPU few or none"""
-    out: str | None = None
-    """folder of the results; by default evaluations/ and the name of the data, in the run folder if --weights is one"""
-
-    def ranges(self) -> Ranges:
-        """Return what is allowed for numbers."""
-        return {"batch_size": COUNT, "workers": NOT_NEGATIVE}
 
 
 @dataclass(frozen=True)
@@ -88,17 +66,19 @@ def evaluate(**options: Any) -> Evaluation | AveragePrecision | Overlap:
     settings = EvaluateOptions(**options)
     if not settings.weights:
         raise UserError("--weights is missing; give a run folder of mirl finetune, mirl detect or mirl segment")
+    folder = _folder(settings)
+    check_writable(folder / "results.json")
     trainer = trained_by(settings.weights)
     if settings.multi_scale and trainer != "segment":
         raise UserError(f"--multi_scale is for segmenters, and {settings.weights} is none; leave it out")
     if trainer == "detect":
         return evaluate_detector(
-            settings.weights, settings.data, _folder(settings), batch_size=settings.batch_size or 1,
+            settings.weights, settings.data, folder, batch_size=settings.batch_size or 1,
             workers=settings.workers,
         )  # fmt: skip
     if trainer == "segment":
         return evaluate_segmenter(
-            settings.weights, settings.data, _folder(settings), multi_scale=settings.multi_scale,
+            settings.weights, settings.data, folder, multi_scale=settings.multi_scale,
             workers=settings.workers,
         )  # fmt: skip
     weights = open_weights(settings.weights, say=console.print)
@@ -115,11 +95,11 @@ def evaluate(**options: Any) -> Evaluation | AveragePrecision | Overlap:
     found = predict(classifier, dataset, weights.mean, weights.deviation, settings.batch_size or 64, settings.workers)
 
     result = judge(found, weights.classes)
-    folder = _folder(settings)
     write_json(folder / "results.json", {"weights": settings.weights, "data": settings.data, **asdict(result)})
     draw_confusion(result.confusion, weights.classes, folder / "confusion.png")
     draw_worst(found, split.source, view, weights.classes, folder / "worst.png")
-    console.print(f"{settings.data}: {len(found.labels)} images of {len(split.classes)} classes", markup=False)
+    images, classes = plural(len(found.labels), "image"), plural(len(split.classes), "class", "es")
+    console.print(f"{settings.data}: {images} of {classes}", markup=False)
     for name, reason in found.bad:
         console.print(f"left out {name}: {reason}", markup=False)
     console.print(f"{result.accuracy}", markup=False)

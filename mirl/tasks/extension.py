@@ -3,6 +3,7 @@
 Paper: Sec. 4.2, training schedules, Figure 6: with a step decay, one training gives the results of several lengths.
 """
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +16,11 @@ from mirl.training.runs import RunFolder, read_config
 KEPT = ("train", "held_out", "blocks", "gradients", "data")  # rows that need none of the old run's files
 
 
-def extended(given: Pretraining) -> Pretraining:
+def extended(given: Pretraining, named: Collection[str]) -> Pretraining:
     """Return the settings of the run that `--resume_from` names, with more epochs and another folder.
+
+    Args:
+        named: the options that the user named.
 
     Raises:
         UserError: if that run cannot be extended, or an option was given that would make it another run.
@@ -44,7 +48,7 @@ def extended(given: Pretraining) -> Pretraining:
     out = str(given.run_folder)
     if Path(out).resolve() == origin.resolve():
         raise UserError(f"--out {out} is the run to extend; give another folder")
-    settings = resumed(replace(given, resume_from=None, epochs=None, out=out), saved)
+    settings = resumed(replace(given, resume_from=None, epochs=None, out=out), named, saved)
     return replace(settings, resume_from=given.resume_from, epochs=given.epochs)
 
 

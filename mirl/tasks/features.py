@@ -21,68 +21,15 @@ from mirl.data.labels import LabelledSource
 from mirl.data.loading import Batch, LabelledImages, Views
 from mirl.data.transforms import fixed_view, standardise
 from mirl.data.workers import Batches
-from mirl.errors import UserError
+from mirl.errors import UserError, plural
 from mirl.models.encoder import check_sizes
 from mirl.models.patches import pair
-from mirl.tasks.options import COUNT, NOT_NEGATIVE, Options, Ranges, available_cores, default_workers
+from mirl.tasks.options import available_cores, default_workers
+from mirl.tasks.settings.features import PIXELS, FeatureOptions, Pool, ReadingOptions
 from mirl.tasks.weights import Weights, open_weights
 from mirl.training.runs import console
 
-Pool = Literal["mean", "cls", "patch"]
-PIXELS = "pixels"  # the name of raw pixels among `--weights`
 PIXEL_SIZE = 32
-
-
-@dataclass(frozen=True)
-class ReadingOptions(Options):
-    """How a frozen encoder is run over images."""
-
-    image_size: int | tuple[int, int] | None = None
-    """pixels, one number or [height,width]; by default what the encoder was trained on"""
-    batch_size: int = 64
-    """images computed at once"""
-    workers: int | None = None
-    """data workers; by default one per core of a GPU, at most 16; on a CPU few or none"""
-    precision: Literal["32", "bf16"] = "32"
-    """of the encoder; bf16 is faster on a GPU"""
-
-    def ranges(self) -> Ranges:
-        """Return what is allowed for numbers."""
-        return {"batch_size": COUNT, "workers": NOT_NEGATIVE}
-
-
-@dataclass(frozen=True)
-class _Features:
-    weights: str | None = None
-    """run folder, its encoder/, a .safetensors file that a run wrote, a timm name, or `pixels` for raw pixels"""
-    data: str = "shapes"
-    """images"""
-    untrained: bool = False
-    """fresh weights in place of the trained ones: what training must beat"""
-    pool: Literal["mean", "cls"] = "mean"
-    """mean over patch tokens, or the class token"""
-    block: int | None = None
-    """after which block, from 1; by default the last"""
-
-
-# A dataclass lists its last base's fields first, and help should begin with what is read.
-@dataclass(frozen=True)
-class FeatureOptions(ReadingOptions, _Features):
-    """Options of every command that reads features."""
-
-    out: str | None = None
-    """where results go"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.weights:
-            raise UserError("--weights is missing; give a run folder, a timm name, or `pixels`")
-        if self.weights == PIXELS and (self.block or self.untrained):
-            raise UserError("raw pixels have no blocks and no weights; leave out --block and --untrained")
-
-    def ranges(self) -> Ranges:
-        """Return what is allowed for numbers."""
-        return super().ranges() | {"block": COUNT}
 
 
 class FrozenEncoder:
@@ -116,7 +63,7 @@ class FrozenEncoder:
         self.statistics = weights.mean, weights.deviation
         self.blocks = list(blocks) or [weights.depth]
         if self.blocks[-1] > weights.depth:
-            raise UserError(f"--block {self.blocks[-1]} is not there: the encoder has {weights.depth} blocks")
+            raise UserError(f"--block {self.blocks[-1]} is not there: the encoder has {plural(weights.depth, 'block')}")
         if image_size is not None:
             check_sizes(image_size, weights.patch_size)
         self.encoder = weights.build(

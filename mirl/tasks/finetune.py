@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from mirl.data.labels import LabelledSource, open_split
 from mirl.data.loading import Batch, LabelledBatch, LabelledImages, spread
 from mirl.data.transforms import augmented_view, evaluation_view, standardise
-from mirl.errors import UserError
+from mirl.errors import UserError, plural
 from mirl.models.encoder import check_sizes
 from mirl.tasks.accuracy import Accuracy, accuracy, predict, write_json
 from mirl.tasks.export import export_classifier, how_to_classify
@@ -48,7 +48,7 @@ def finetune(**options: Any) -> Path:
     """
     settings = after_restart(Finetuning(**options))
     if settings.resume:
-        settings = resumed(settings, read_config(settings.run_folder))
+        settings = resumed(settings, options, read_config(settings.run_folder))
     if not settings.weights:
         raise UserError("--weights is missing; give a run folder of mirl pretrain, or a timm name")
     precision = processes.precision_of(settings.precision)
@@ -98,7 +98,7 @@ class FinetuneTask(RunnableTask[Batch]):
         self.samples, self.about = len(train) + len(val), {"classes": list(train.classes)}
         check_sizes(settings.image_size, settings.patch_size)
         if settings.reinit_last > settings.depth:
-            raise UserError(f"--reinit_last {settings.reinit_last} is more than the {settings.depth} blocks")
+            raise UserError(f"--reinit_last {settings.reinit_last} is more than the {plural(settings.depth, 'block')}")
         self.randaugment = settings.randaugment if weights.channels == 3 else "none"
         self.model = build_classifier(settings, weights, len(self.classes))
         if settings.ema is not None:
@@ -208,26 +208,28 @@ class FinetuneTask(RunnableTask[Batch]):
         if s.untrained:
             notes.append("nothing of the weights is used but their form (--untrained)")
         if s.depth != w.depth:
-            kind = f"{s.depth - w.depth} fresh blocks on top" if s.depth > w.depth else f"its first {s.depth} blocks"
-            notes.append(f"the encoder has {w.depth} blocks: {kind}")
+            more = plural(s.depth - w.depth, "fresh block")
+            kind = f"{more} on top" if s.depth > w.depth else f"its first {plural(s.depth, 'block')}"
+            notes.append(f"the encoder has {plural(w.depth, 'block')}: {kind}")
         if s.reinit_last:
-            notes.append(f"fresh weights for the last {s.reinit_last} blocks")
+            notes.append(f"fresh weights for the last {plural(s.reinit_last, 'block')}")
         if s.patch_size != w.patch_size:
             notes.append(f"patch embedding resampled from {w.patch_size} to {s.patch_size}")
         if self.model.patch_embed.grid_size != tuple(i // p for i, p in zip(w.image_size, w.patch_size, strict=True)):
             notes.append("positions resampled to another number of patches")
         if self.randaugment != s.randaugment:
-            notes.append(f"RandAugment works on RGB, and these images have {w.channels} channels: left out")
+            notes.append(f"RandAugment works on RGB, and these images have {plural(w.channels, 'channel')}: left out")
         (height, width), (patch_height, patch_width) = s.image_size, s.patch_size
         steps = len(self.training) // s.batch_size
         return [
-            f"data      {s.data}: {len(self.train)} images to train on, {len(self.val)} to test, "
-            f"{len(self.classes)} classes",
-            f"model     {s.weights}: ViT of {s.depth} blocks with a fresh head on the {pooled} "
+            f"data      {s.data}: {plural(len(self.train), 'image')} to train on, {len(self.val)} to test, "
+            f"{plural(len(self.classes), 'class', 'es')}",
+            f"model     {s.weights}: ViT of {plural(s.depth, 'block')} with a fresh head on the {pooled} "
             f"({parameters:.1f} M parameters)",
-            f"input     {height}x{width} px, patches of {patch_height}x{patch_width}, {w.channels} channels",
-            f"recipe    {s.epochs} epochs of {steps} steps · batch {s.batch_size} · peak rate {peak_rate(s):.2g} after "
-            f"{s.warmup_epochs:.3g} epochs · layer decay {s.layer_decay:g} · drop path {s.drop_path:g} · seed {s.seed}",
+            f"input     {height}x{width} px, patches of {patch_height}x{patch_width}, {plural(w.channels, 'channel')}",
+            f"recipe    {plural(s.epochs, 'epoch')} of {plural(steps, 'step')} · batch {s.batch_size} · peak "
+            f"rate {peak_rate(s):.2g} after {plural(s.warmup_epochs, 'epoch', form='.3g')} "
+            f"· layer decay {s.layer_decay:g} · drop path {s.drop_path:g} · seed {s.seed}",
             f"images    crops from {s.min_crop:g} of the area · {self.randaugment} · erasing {s.erasing:g} "
             f"· mixup {s.mixup:g} · cutmix {s.cutmix:g} · smoothing {s.smoothing:g}",
             *(f"note      {note}" for note in notes),

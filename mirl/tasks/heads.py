@@ -7,6 +7,7 @@ import torch
 from mirl.data.instances import InstanceSplit
 from mirl.data.loading import B
 from mirl.data.semantic import SemanticSplit
+from mirl.errors import plural
 from mirl.models.weights import Weights
 from mirl.tasks.run import RunnableTask
 from mirl.tasks.settings.detection import ResolvedDetection
@@ -51,9 +52,11 @@ class HeadTask(RunnableTask[B]):
             splits = {"training": self.train, "held out": self.val}
             found = [f"{name}: {note}" for name, split in splits.items() for note in split.notes]
         else:
-            found = [f"trained and tested on the same {s.overfit} images, unchanged (--overfit)", *self.train.notes]
+            images = plural(s.overfit, "image")
+            found = [f"trained and tested on the same {images}, unchanged (--overfit)", *self.train.notes]
         if w.full_depth and w.full_depth > w.depth:
-            found.append(f"the encoder has {w.depth} blocks: {w.full_depth - w.depth} fresh blocks on top")
+            fresh = plural(w.full_depth - w.depth, "fresh block")
+            found.append(f"the encoder has {plural(w.depth, 'block')}: {fresh} on top")
         if s.untrained:
             found.append("nothing of the encoder's weights is used but their form (--untrained)")
         if s.patch_size != w.patch_size[0]:

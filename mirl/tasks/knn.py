@@ -1,6 +1,5 @@
 """`mirl knn`: weighted nearest neighbours on frozen features, the read-out that trains nothing."""
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,25 +9,11 @@ from torch.nn import functional as F
 
 from mirl.errors import UserError
 from mirl.tasks.accuracy import Accuracy
-from mirl.tasks.options import Ranges
-from mirl.tasks.readout import ReadOutOptions, read_out
+from mirl.tasks.readout import read_out
+from mirl.tasks.settings.readouts import KNNOptions
 
 CHUNK = 2**26  # similarities held in memory at once: 256 MiB
 TRAIN_CHUNK = 2**16  # training images of them, or k if that is more
-
-
-@dataclass(frozen=True)
-class KNNOptions(ReadOutOptions):
-    """Options of `mirl knn`."""
-
-    k: list[int] | int = (10, 20, 100, 200)  # type: ignore[assignment]
-    """numbers of neighbours, e.g. [10,20]; each is reported"""
-    temperature: float = 0.07
-    """a neighbour at cosine similarity s votes with weight exp(s / temperature)"""
-
-    def ranges(self) -> Ranges:
-        """Return what is allowed for numbers."""
-        return super().ranges() | {"temperature": (lambda x: x > 0, "more than 0")}
 
 
 def knn(**options: Any) -> dict[int, dict[str, Accuracy]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mirl.data.semantic import SemanticClass
 from mirl.data.sources import Source
-from mirl.errors import UserError
+from mirl.errors import UserError, plural
 from mirl.tasks.image_folder import readable, relative_names, save_picture, unused
 from mirl.training.files import atomic
 from mirl.training.overlays import colour
@@ -138,5 +138,5 @@ def _values(classes: Sequence[SemanticClass]) -> np.ndarray:
 
 def _summary(shares: dict[str, float], images: int) -> str:
     listed = ", ".join(f"{name} {100 * share:.1f} %" for name, share in list(shares.items())[:LISTED])
-    more = f" and {len(shares) - LISTED} more classes" if len(shares) > LISTED else ""
-    return f"segmented {images} images: {listed}{more}"
+    more = f" and {plural(len(shares) - LISTED, 'more class', 'es')}" if len(shares) > LISTED else ""
+    return f"segmented {plural(images, 'image')}: {listed}{more}"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mirl.data.transforms import channel_statistics, standardise
-from mirl.errors import UserError
+from mirl.errors import UserError, plural
 from mirl.methods import Method
 from mirl.models.encoder import parse_model
 from mirl.models.patches import gather, grid_size
@@ -133,7 +133,7 @@ class FeatureObjective(Objective):
     def __init__(self, settings: Resolved, method: Method, teacher: Teacher, average: ModelEmaV3 | None) -> None:
         of = "an average of the encoder" if average else settings.feature
         growth = min(settings.warmup_epochs, settings.epochs)  # with the learning rate
-        about = f"tokens of {of}, growing over {growth:.3g} epochs"
+        about = f"tokens of {of}, growing over {plural(growth, 'epoch', form='.3g')}"
         super().__init__(settings.feature_weight, about, growth=growth, average=average)
         self.teacher, self.terms = teacher, method.terms
         self.precision: Precision = settings.precision
@@ -197,7 +197,7 @@ def open_teacher(settings: Resolved) -> Teacher | None:
         raise UserError(f"--feature: {error}; or ema, an average of the encoder") from error
     if weights.channels != settings.channels:
         raise UserError(
-            f"--feature {settings.feature} sees images of {weights.channels} channels and these have "
+            f"--feature {settings.feature} sees images of {plural(weights.channels, 'channel')} and these have "
             f"{settings.channels}; give another ViT, or --feature ema"
         )
     grid = grid_size(settings.image_size, settings.patch_size)

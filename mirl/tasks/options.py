@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -167,10 +167,12 @@ def check_only(given: Options, allowed: Sequence[str]) -> None:
 Run = TypeVar("Run", bound=RunOptions)
 
 
-def resumed(given: Run, saved: dict[str, Any]) -> Run:
+def resumed(given: Run, named: Collection[str], saved: dict[str, Any]) -> Run:
     """Return the run's own settings, with the options that may change taken from `given`.
 
-    An option left at its default takes the saved value.
+    Args:
+        named: the options that the user named; they count even with their defaults' values, all others are the run's.
+        saved: the run's own.
 
     Raises:
         UserError: if it is another command's run, or an option was given that would make it another run.
@@ -188,16 +190,18 @@ def resumed(given: Run, saved: dict[str, Any]) -> Run:
             value = kept if value is not None and pair(value) == pair(kept) else value
         if field.name in OF_THIS_START:
             changes[field.name] = value
-        elif value in (field.default, kept):
+        elif field.name not in named or value == kept:
             changes[field.name] = kept
         elif field.name in FREE:
             changes[field.name] = value
+        elif value is None:  # to be chosen, which it was
+            changes[field.name] = kept
         else:
             raise UserError(
                 f"the run was started with --{field.name} {kept}, and going on cannot change it to {value}; "
                 f"leave it out, or start a new run with another --out"
             )
-    return type(given)(**changes)
+    return type(given)(**changes | {"out": str(given.run_folder)})  # where it was found, which may have been moved
 
 
 def restarts() -> int:

@@ -18,7 +18,7 @@ from mirl.data.loading import MaskedBatch, MaskedImages, spread
 from mirl.data.order import apart, ends_of, looked_at
 from mirl.data.sources import Source, open_source
 from mirl.data.transforms import fixed_view, normalise, training_view
-from mirl.errors import UserError
+from mirl.errors import UserError, plural
 from mirl.methods import Part
 from mirl.models.autoencoder import Autoencoder
 from mirl.models.decoder import Decoder
@@ -65,9 +65,9 @@ def pretrain(**options: Any) -> Path:
     """
     settings = after_restart(Pretraining(**options))
     if settings.resume:
-        settings = resumed(settings, read_config(settings.run_folder))
+        settings = resumed(settings, options, read_config(settings.run_folder))
     elif settings.resume_from:
-        settings = extended(settings)
+        settings = extended(settings, options)
     precision = processes.precision_of(settings.precision)
     start = open_start(settings)
     if start and not settings.model:
@@ -266,22 +266,26 @@ class PretrainTask(RunnableTask[MaskedBatch]):
         encoder = sum(p.numel() for p in model.encoder.parameters()) / 1e6
         decoders = sum(p.numel() for p in model.parameters()) / 1e6 - encoder
         ignored = getattr(self.source, "ignored", 0)  # only folders have other files in them
-        others = f", {ignored} other files ignored" if ignored else ""
+        others = f", {plural(ignored, 'other file')} ignored" if ignored else ""
         others += ", known from an earlier start" if getattr(self.source, "remembered", False) else ""
         segments = f", {len(method.taps)} segments, decoders after blocks {', '.join(map(str, method.taps))}"
         segments = segments if len(method.taps) > 1 else ""
         depth = parse_model(s.model)[2]
-        built = f", its first {method.depth} blocks; fine-tuning adds the others" if method.depth < depth else ""
+        first = plural(method.depth, "block")
+        built = f", its first {first}; fine-tuning adds the others" if method.depth < depth else ""
         steps = len(self.training) // s.batch_size
         (height, width), (patch_height, patch_width) = s.image_size, s.patch_size
         return [
-            f"data      {s.data}: {len(self.training)} images to train on, {len(self.held_out)} held out{others}",
+            f"data      {s.data}: {plural(len(self.training), 'image')} to train on, {len(self.held_out)} held "
+            f"out{others}",
             f"model     {s.model} ({encoder:.1f} M parameters) · {method.name}{segments}{built}",
-            f"decoders  {len(method.taps)} x {model.shape.depth} blocks, width {model.shape.width} ({decoders:.1f} M)",
-            f"input     {height}x{width} px, patches of {patch_height}x{patch_width}, {s.channels} channels · "
-            f"{s.mask_ratio:.0%} of {self.patches} patches masked",
-            f"recipe    {s.epochs} epochs of {steps} steps · batch {s.batch_size} · peak rate {peak_rate(s):.2g} after "
-            f"{s.warmup_epochs:.3g} epochs, {s.schedule} schedule · seed {s.seed}",
+            f"decoders  {len(method.taps)} x {plural(model.shape.depth, 'block')}, width {model.shape.width} "
+            f"({decoders:.1f} M)",
+            f"input     {height}x{width} px, patches of {patch_height}x{patch_width}, {plural(s.channels, 'channel')} "
+            f"· {s.mask_ratio:.0%} of {self.patches} patches masked",
+            f"recipe    {plural(s.epochs, 'epoch')} of {plural(steps, 'step')} · batch {s.batch_size} · peak "
+            f"rate {peak_rate(s):.2g} after {plural(s.warmup_epochs, 'epoch', form='.3g')}, "
+            f"{s.schedule} schedule · seed {s.seed}",
             *(["speed     blocks are compiled: the first steps take about a minute more"] if s.compile else []),
             *(["memory    blocks are computed again in the backward pass"] if s.checkpointing else []),
             *(f"weights   {line}" for line in self.started),

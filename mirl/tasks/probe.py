@@ -5,7 +5,6 @@ without augmentation, and with a sweep whose winner is chosen on a tenth of the 
 """
 
 import math
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mirl.tasks.accuracy import Accuracy
-from mirl.tasks.options import Ranges
-from mirl.tasks.readout import ReadOutOptions, read_out
+from mirl.tasks.readout import read_out
+from mirl.tasks.settings.readouts import ProbeOptions
 from mirl.training.runs import console
 from mirl.training.schedules import learning_rate
 
@@ -24,23 +23,6 @@ ADAMW_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 LARS_RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 CHOOSING = 0.1  # share of the training images on which the sweep's winner is chosen
 WARMUP = 0.1
-
-
-@dataclass(frozen=True)
-class ProbeOptions(ReadOutOptions):
-    """Options of `mirl probe`."""
-
-    epochs: int = 50
-    """passes over the cached features"""
-    probe_batch: int = 256
-    """features in one step of the classifiers"""
-
-    def ranges(self) -> Ranges:
-        """Return what is allowed for numbers."""
-        return super().ranges() | {
-            "epochs": (lambda x: x >= 1, "1 or more"),
-            "probe_batch": (lambda x: x >= 2, "2 or more"),  # batch norm needs two
-        }
 
 
 def probe(**options: Any) -> dict[int, dict[str, Accuracy]]:

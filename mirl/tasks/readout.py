@@ -1,50 +1,22 @@
 """What a read-out of frozen features is: fitted on one split, judged on another, at one block or at every block."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
 from mirl.data.labels import open_split
-from mirl.errors import UserError
+from mirl.errors import plural
 from mirl.tasks.accuracy import Accuracy, accuracy, write_json
-from mirl.tasks.features import FeatureOptions, cache, open_encoder
-from mirl.tasks.options import SEED, Ranges
-from mirl.training.files import atomic
+from mirl.tasks.features import cache, open_encoder
+from mirl.tasks.settings.readouts import ReadOutOptions
+from mirl.training.files import atomic, check_writable
 from mirl.training.runs import console
 
 # Reads classes: (features to fit [n, d], their labels [n], features to test [t, d], classes) -> name: scores [t, k].
 Reader = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], dict[str, torch.Tensor]]
-
-
-@dataclass(frozen=True)
-class ReadOutOptions(FeatureOptions):
-    """Options of every read-out."""
-
-    data: str = "shapes"
-    """class folders: train/ with val/ or test/, or one folder with --val_fraction; or `shapes`"""
-    out: str | None = None
-    """JSON file; by default in readouts/ of the run folder, or here"""
-    every_block: bool = False
-    """read after every block, and draw accuracy against depth"""
-    val_fraction: float | None = None
-    """share of each class to test on, where --data has no train/ and val/ or test/"""
-    seed: int = 0
-    """of the split and of whatever is fitted"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.block and self.every_block:
-            raise UserError("--block and --every_block were both given; choose one")
-
-    def ranges(self) -> Ranges:
-        """Return what is allowed for numbers."""
-        return super().ranges() | {
-            "val_fraction": (lambda x: 0 < x < 1, "more than 0 and less than 1"),
-            "seed": SEED,
-        }
 
 
 def read_out(command: str, options: ReadOutOptions, reader: Reader) -> dict[int, dict[str, Accuracy]]:
@@ -53,10 +25,13 @@ def read_out(command: str, options: ReadOutOptions, reader: Reader) -> dict[int,
     Returns:
         For each block (0 for raw pixels) the accuracy of everything that the reader names.
     """
+    path = _path(options, command)
+    check_writable(path)
     encoder = open_encoder(options, every_block=options.every_block)
     splits = open_split(options.data, channels=encoder.channels, val_fraction=options.val_fraction, seed=options.seed)
     classes = splits[0].classes
-    console.print(f"{options.data}: {len(splits[0])} images to fit, {len(splits[1])} to test, {len(classes)} classes")
+    images, kinds = plural(len(splits[0]), "image"), plural(len(classes), "class", "es")
+    console.print(f"{options.data}: {images} to fit, {len(splits[1])} to test, {kinds}")
     train, test = (cache(encoder, split, options, "computing features") for split in splits)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     labels = torch.from_numpy(train.labels).to(device)
@@ -67,7 +42,6 @@ def read_out(command: str, options: ReadOutOptions, reader: Reader) -> dict[int,
         found[block] = {name: accuracy(s.cpu().numpy(), test.labels, classes) for name, s in scores.items()}
         for name, result in found[block].items():
             console.print(f"{f'block {block:<3}' if block else 'pixels'} {name:<10} {result}", markup=False)
-    path = _path(options, command)
     about = {"command": command, "options": asdict(options), "fitted_on": len(train.labels), "classes": len(classes)}
     write_json(path, about | {"blocks": found})
     console.print(f"saved {path}", markup=False)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from mirl.data.loading import B, StepSampler, Views
 from mirl.data.order import ShardOrder
 from mirl.data.workers import Batches
-from mirl.errors import UserError
+from mirl.errors import UserError, plural
 from mirl.reports.page import write_report
 from mirl.tasks.options import ResolvedRun, restarts
 from mirl.training import loop
@@ -127,7 +127,7 @@ def _machine(fabric: Fabric, settings: ResolvedRun, seconds: float) -> list[str]
     advice = f"advice: {duration(seconds)} is long; for a first look add --epochs {max(1, settings.epochs // 50)}"
     return [
         f"machine   {count}{name}{shared} · precision {settings.precision} · micro-batch {settings.micro_batch} "
-        f"· {settings.workers} data workers",
+        f"· {plural(settings.workers, 'data worker')}",
         f"run       {settings.out} · about {duration(seconds)} if data keep up",
         *([advice] if seconds > LONG else []),
     ]
@@ -146,7 +146,7 @@ def _train(fabric: Fabric, settings: ResolvedRun, task: RunnableTask[B], run: Ru
         run.record({"kind": "data", "step": 0, "samples": task.samples})
     if progress.step >= steps:
         longer = f"; for a longer one: --resume_from {run.path} --epochs MORE" if task.extensible else ""
-        run.say(f"the run is complete ({steps} steps){longer}")
+        run.say(f"the run is complete ({plural(steps, 'step')}){longer}")
         return
     if progress.step:
         restart = f"restart {count}: " if (count := restarts()) else ""

@@ -1,5 +1,6 @@
 """`mirl segment`: semantic segmentation with UperNet on a pre-trained ViT. Paper: Table 5."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def segment(run: str | None = None, *, predict: str | None = None, **options: An
     if run is None:
         if predict:
             raise UserError("--predict needs a trained run; give it first, as in mirl segment RUN --predict DIR")
-        return train_segmenter(settings)
+        return train_segmenter(settings, options)
     if not predict:
         raise UserError(f"give --predict with the run {run}, or --weights in its place to train")
     check_only(settings, WITH_A_RUN)
@@ -54,11 +55,11 @@ def segment(run: str | None = None, *, predict: str | None = None, **options: An
     return predict_folder(segmenter, source, segmenter.classes, out, workers=settings.workers).path
 
 
-def train_segmenter(settings: Segmentation) -> Path:
-    """Train a segmenter and return the run folder; see `segment`."""
+def train_segmenter(settings: Segmentation, named: Collection[str]) -> Path:
+    """Train a segmenter and return the run folder; see `segment`. `named` are the options that the user named."""
     settings = after_restart(settings)
     if settings.resume:
-        settings = resumed(settings, read_config(settings.run_folder))
+        settings = resumed(settings, named, read_config(settings.run_folder))
     if not settings.weights:
         raise UserError("--weights is missing; give a run folder of mirl pretrain, or a timm name")
     precision = processes.precision_of(settings.precision)

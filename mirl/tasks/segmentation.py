@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mirl.data.semantic import SemanticBatch, SemanticSplit, SemanticViews, View
 from mirl.data.semantic_views import crop_view
-from mirl.errors import UserError
+from mirl.errors import UserError, plural
 from mirl.heads.sliding import segment
 from mirl.heads.upernet import Segmenter
 from mirl.models.weights import Weights
@@ -126,16 +126,17 @@ class SegmentTask(HeadTask[SemanticBatch]):
             notes.append("tests look at whole images: --stride has no effect")
         positions = "absolute and relative" if s.relative_positions else "absolute"
         windows = f"windows of {s.crop_size} px every {s.stride}" if s.inference == "slide" else "whole"
+        steps = len(self.training) // s.batch_size
         return [
-            f"data      {s.data}: {len(self.train)} images to train on, {len(self.val)} to test, "
-            f"{len(self.classes)} classes",
-            f"model     UperNet on {s.weights}: ViT of {len(self.encoder.blocks)} blocks, positions {positions}, "
-            f"decoder {s.width} wide ({parameters:.1f} M parameters)",
+            f"data      {s.data}: {plural(len(self.train), 'image')} to train on, {len(self.val)} to test, "
+            f"{plural(len(self.classes), 'class', 'es')}",
+            f"model     UperNet on {s.weights}: ViT of {plural(len(self.encoder.blocks), 'block')}, positions "
+            f"{positions}, decoder {s.width} wide ({parameters:.1f} M parameters)",
             f"input     crops of {s.crop_size} px of images scaled around {s.image_size} px, patches of "
-            f"{s.patch_size}, {w.channels} channels; tests at {s.image_size} px, {windows}",
-            f"recipe    {s.epochs} epochs of {len(self.training) // s.batch_size} steps · batch {s.batch_size} · peak "
-            f"rate {s.peak_rate:.2g} after {s.warmup_epochs:.3g} epochs, then falling to 0 · layer decay "
-            f"{s.layer_decay:g} · drop path {s.drop_path:g} · seed {s.seed}",
+            f"{s.patch_size}, {plural(w.channels, 'channel')}; tests at {s.image_size} px, {windows}",
+            f"recipe    {plural(s.epochs, 'epoch')} of {plural(steps, 'step')} · batch "
+            f"{s.batch_size} · peak rate {s.peak_rate:.2g} after {plural(s.warmup_epochs, 'epoch', form='.3g')}, "
+            f"then falling to 0 · layer decay {s.layer_decay:g} · drop path {s.drop_path:g} · seed {s.seed}",
             *(f"note      {note}" for note in notes),
         ]
 

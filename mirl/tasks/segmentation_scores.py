@@ -21,7 +21,7 @@ from mirl.data.semantic import (
     SemanticViews,
     open_semantic_test,
 )
-from mirl.errors import UserError
+from mirl.errors import UserError, plural
 from mirl.tasks.accuracy import write_json
 from mirl.tasks.confusion import draw_confusion, write_confusion
 from mirl.tasks.features import batches
@@ -140,7 +140,8 @@ def evaluate_segmenter(
     write_results(found, folder, weights=weights, data=data, multi_scale=multi_scale)
     for note in (*split.notes, *(f"left out {name}: {reason}" for name, reason in bad)):
         console.print(note, markup=False)
-    console.print(f"{data}: {found.images} images with {found.pixels:,} labelled pixels", markup=False)
+    pixels = plural(found.pixels, "labelled pixel", form=",")
+    console.print(f"{data}: {plural(found.images, 'image')} with {pixels}", markup=False)
     console.print(f"{found}", markup=False)
     console.print(f"saved {folder}: {', '.join(FILES)}", markup=False)
     return found

@@ -26,7 +26,7 @@ from mirl.data.shards.opening import kind
 from mirl.data.shards.tar_index import Index
 from mirl.data.shards.writing import Plan, images_per_shard, write_shard, written
 from mirl.data.sources import Source, open_source
-from mirl.errors import UserError
+from mirl.errors import UserError, plural
 from mirl.tasks.options import available_cores
 from mirl.training.files import atomic
 from mirl.training.locking import LOCK, locked
@@ -237,9 +237,9 @@ def _tell(folder: Path) -> None:
         )
     size, skipped = sum(shard.size for shard in index.shards), index.about["skipped"]
     console.print(
-        f"saved {len(index.members)} images in {len(index.shards)} shards ({size / 2**20:.4g} MiB), each checked; use "
-        f"them with --data {folder}",
+        f"saved {plural(len(index.members), 'image')} in {plural(len(index.shards), 'shard')} ({size / 2**20:.4g} "
+        f"MiB), each checked; use them with --data {folder}",
         markup=False,
     )
     if skipped:
-        console.print(f"left out {skipped} images, listed in {folder / SKIPPED}", markup=False)
+        console.print(f"left out {plural(skipped, 'image')}, listed in {folder / SKIPPED}", markup=False)

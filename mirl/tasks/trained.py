@@ -13,7 +13,7 @@ from torch import nn
 from mirl.errors import UserError
 from mirl.models.weights import State, Weights
 from mirl.tasks.options import ResolvedRun
-from mirl.tasks.weights import about
+from mirl.tasks.weight_files import about
 from mirl.training.checkpoints import load_newest, save_tensors
 from mirl.training.files import atomic
 from mirl.training.runs import NOUNS, TRAINED, Command, command_of, console, read_config

@@ -1,7 +1,7 @@
 """`mirl pretrain --weights`: pre-training that starts from trained weights, also those of a shallower model."""
 
 from mirl.data.transforms import channel_statistics
-from mirl.errors import UserError
+from mirl.errors import UserError, plural
 from mirl.models.autoencoder import Autoencoder, without_features
 from mirl.models.patches import grid_size
 from mirl.models.weights import AutoencoderWeights, Weights
@@ -82,4 +82,4 @@ def _take_decoders(weights: AutoencoderWeights, model: Autoencoder) -> str:
         return "decoders are fresh: those of the weights have another form"
     model.load_state_dict(theirs, strict=False)
     fresh = "; their layers that predict features are fresh" if model.shape.features else ""
-    return f"{len(model.decoders)} decoders are trained too{fresh}"
+    return f"{plural(len(model.decoders), 'decoder')} trained too{fresh}"

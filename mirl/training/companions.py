@@ -19,7 +19,7 @@ from datetime import timedelta
 import torch
 from torch.distributed.rendezvous import rendezvous
 
-from mirl.errors import UserError
+from mirl.errors import UserError, plural
 
 # The first process draws and reads out alone while the others wait: far less than this.
 PATIENCE = timedelta(minutes=10)
@@ -114,10 +114,8 @@ def _what_happened(world_size: int, error: str) -> str:
         how = f" (killed by {signal.Signals(-code).name})" if code < 0 else f" (exit code {code})" if code else ""
         return f"rank {rank} of {world_size} processes was lost{how}; {remedy}"
     if LATE.search(error):
-        minutes = PATIENCE / timedelta(minutes=1)
-        return (
-            f"one of {world_size} processes did not answer for {minutes:g} minutes, it hangs or was stopped; {remedy}"
-        )
+        waited = plural(PATIENCE / timedelta(minutes=1), "minute", form="g")
+        return f"one of {world_size} processes did not answer for {waited}, it hangs or was stopped; {remedy}"
     return f"one of {world_size} processes was lost, its launcher says which; {remedy}"
 
 

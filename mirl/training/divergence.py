@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mirl.errors import plural
 from mirl.training.processes import Fabric, over_processes
 from mirl.training.steps import Step, Task
 
@@ -84,7 +85,7 @@ class Watch:
         self.skipped = 0 if step.finite else self.skipped + 1
         self.unusual += unusual
         if self.skipped >= self.most_skipped:
-            return Trouble(self.began, f"{self.skipped} steps in a row had a non-finite loss or gradient")
+            return Trouble(self.began, f"{plural(self.skipped, 'step')} in a row had a non-finite loss or gradient")
         if self.unusual >= PERSISTENT:
             cause = f"the loss stays high: {loss:.4g} at step {number}, {self.usual:.4g} usually"
             return Trouble(self.began, cause, fatal=False)

@@ -4,8 +4,11 @@ import contextlib
 import errno
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from mirl.errors import UserError
 
 FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE)
 
@@ -32,6 +35,21 @@ def atomic(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # on a disk that has come to be read-only
             temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path, option: str = "out") -> None:
+    """Make sure, before the work begins, that a file can be written to `path`, whose folders may be missing still.
+
+    Raises:
+        UserError: if it cannot be, which names the `option` that chooses another.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=next(folder for folder in path.absolute().parents if folder.exists())):
+            pass  # permissions alone do not tell, for root or on a disk of others
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another --{option}") from error
 
 
 def sync(path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import cast
 import torch
 
 from mirl.data.loading import B
-from mirl.errors import UserError
+from mirl.errors import UserError, plural
 from mirl.models.products import fast_products
 from mirl.training import checkpoints
 from mirl.training.divergence import SPIKE, Trouble, Watch, is_finite
@@ -228,7 +228,7 @@ def report_bad(run: RunFolder, progress: Progress, files: Iterable[tuple[str, st
     doubled = count.bit_length() > (count - len(fresh)).bit_length()
     if fresh and (count <= ALL_COUNTED or doubled):  # of millions of files a few are bad in every step
         name, reason = next(iter(fresh.items()))
-        run.say(f"skipped {count} unusable files so far, e.g. {name}: {reason} (all are named in log.txt)")
+        run.say(f"skipped {plural(count, 'unusable file')} so far, e.g. {name}: {reason} (all are named in log.txt)")
 
 
 def exchange_bad(fabric: Fabric, run: RunFolder, progress: Progress) -> None:

@@ -12,11 +12,12 @@ from tiny_classes import PLAIN, write_encoder, write_patterns
 
 import mirl
 from mirl.analysis.beginnings import distances, first_seed
-from mirl.analysis.degradation import DiagnoseOptions, diagnose
+from mirl.analysis.degradation import diagnose
 from mirl.analysis.diagnosis import compare, spans
 from mirl.analysis.reinitialisation import Trial, counts
 from mirl.analysis.verdict import findings, verdict
 from mirl.errors import UserError
+from mirl.tasks.settings.diagnosis import DiagnoseOptions
 from mirl.tasks.weights import open_weights
 
 LOOK = {"data": "shapes:24:32", "images": 24, "workers": 0}

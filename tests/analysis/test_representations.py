@@ -16,7 +16,8 @@ from mirl.data.sources import open_source
 from mirl.data.transforms import fixed_view, standardise
 from mirl.errors import UserError
 from mirl.models.weights import Weights
-from mirl.tasks.features import FrozenEncoder, ReadingOptions
+from mirl.tasks.features import FrozenEncoder
+from mirl.tasks.settings.features import ReadingOptions
 
 OPTIONS = ReadingOptions(batch_size=8, workers=0)
 

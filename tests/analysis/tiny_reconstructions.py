@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 from mirl.data.sources import open_source
+from mirl.models.patches import patchify
 from mirl.tasks.export import export
 from mirl.tasks.pretrain import PretrainTask, split_off_held_out
 from mirl.tasks.settings.pretraining import Pretraining, resolve
@@ -48,3 +49,12 @@ def write_images(folder, count=3, size=(40, 56), channels=3):
         Image.fromarray(pixels.squeeze()).save(path) if pictures else np.save(path, pixels)
         paths.append(path)
     return paths
+
+
+def noise(*shape, seed=0):
+    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def cells(images, patch_size=(8, 8)):
+    """Cut images [b, c, h, w] into patches [b, n, p]."""
+    return patchify(images.float(), patch_size)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from filelock import FileLock
 
 import mirl
 from mirl.data.decode import BadImage
@@ -148,7 +149,7 @@ def test_without_an_index_shards_are_fetched_once_to_be_indexed(server, tmp_path
     count = len(list((tmp_path / "s").glob("*.tar")))
     data = f"{server}/s/{{000000..{count - 1:06d}}}.tar"
     source = open_source(data)
-    assert f"{count} shards have no index.safetensors beside them: they are fetched once" in capsys.readouterr().out
+    assert f"{count} shards without index.safetensors beside them: fetched once" in capsys.readouterr().out
     assert len(source) == 24 and source.read(5).shape == (3, 32, 32) and len(tars()) == count
     assert len(open_source(data)) == 24 and len(tars()) == count
     with pytest.raises(UserError, match=r"has no index.safetensors; name its shards"):
@@ -184,6 +185,31 @@ def test_the_shards_used_longest_ago_make_room(server, tmp_path, monkeypatch):
     monkeypatch.setenv("MIRL_CACHE_GIB", "lots")
     with pytest.raises(UserError, match="MIRL_CACHE_GIB=lots is not allowed"):
         open_source(f"{server}/s/")
+
+
+def test_what_killed_processes_were_fetching_is_removed(server, tmp_path):
+    """But not what a living one is writing."""
+    folder = tmp_path / "cache" / "mirl" / "shards"
+    folder.mkdir(parents=True)
+    killed, index, living = (folder / name for name in ("a.tar.tmp", "b.index.tmp", "c.tar.tmp"))
+    for path in (killed, index, living):
+        path.write_bytes(b"half")
+    ready, done = multiprocessing.get_context("fork").Event(), multiprocessing.get_context("fork").Event()
+
+    def write():
+        with FileLock(folder / "c.lock"):
+            ready.set()
+            done.wait(30)
+
+    process = multiprocessing.get_context("fork").Process(target=write)
+    process.start()
+    assert ready.wait(30)
+    open_source(f"{server}/s/")
+    assert living.exists() and not killed.exists() and not index.exists()
+    done.set()
+    process.join(30)
+    open_source(f"{server}/s/")
+    assert not living.exists()
 
 
 def test_of_several_processes_one_fetches(server, tmp_path):

@@ -114,7 +114,7 @@ def test_other_members_are_left_out_and_counted(folder):
     assert source.ignored == 4
     assert [source.read(index).shape[1:] for index in range(4)] == [(30, 40)] * 3 + [(4, 5)]
     write_tar(folder / "none.tar", [("a.txt", b"x")])
-    assert error("s/none.tar").startswith("'s/none.tar' has no images, but 1 other members; give shards with .jpg")
+    assert error("s/none.tar").startswith("'s/none.tar' has no images, but 1 other member; give shards with .jpg")
 
 
 def npy(array):

@@ -153,7 +153,7 @@ def test_folder_without_images(photos, tmp_path):
     folder.mkdir()
     (folder / "x.csv").touch()
     message = error("empty")
-    assert message.startswith("'empty' has no images, but 1 other files; ")
+    assert message.startswith("'empty' has no images, but 1 other file; ")
     assert ".jpg, .jpeg, .png" in message and len(message) < 200
 
 

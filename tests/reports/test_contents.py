@@ -44,6 +44,7 @@ def test_images_that_were_skipped(tmp_path):
     with open(folder / "log.txt", "a") as log:
         log.write(
             "2026-01-02 03:04:05 skipped a b.jpg: is no image: truncated\n"
+            "2026-01-02 03:04:05 skipped 1 unusable file so far, e.g. a b.jpg: is empty (all are named in log.txt)\n"
             "2026-01-02 03:04:05 skipped 2 unusable files so far, e.g. a b.jpg: is empty (all are named in log.txt)\n"
             "2026-01-02 03:04:06 skipped 7.jpg: is empty (0 bytes)\n"
             "2026-01-02 03:04:07 step 5 skipped: the gradient is not finite (1 skipped so far)\n"

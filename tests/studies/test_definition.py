@@ -52,7 +52,7 @@ def panel(**changes):
         ({"panels": panel(methods=["mae"], depths=[2], replaced=[3])}, "3 blocks cannot be replaced; give at most 2"),
         ({"panels": panel(methods=["truncated_mae"], depths=[2], replaced=[2])}, "trains the first of 2 blocks"),
         ({"decoder_blocks": 3}, "decoder_blocks 3 cannot be shared by 2 decoders"),
-        ({"decoder_blocks": 0}, "decoder_blocks 0 cannot be shared by 1 decoders"),
+        ({"decoder_blocks": 0}, "decoder_blocks 0 cannot be shared by 1 decoder"),
         (
             {"methods": {"mae": {"method": "mea"}, "mirl": {}}, "panels": panel()},
             "method 'mea' is not allowed; give mirl",

@@ -154,8 +154,8 @@ def test_the_budget_may_be_a_percentage_and_its_list_is_left(photos, options, tm
     assert len(listed) == int(line[1]) >= 2 and int(line[2]) >= 3
     assert set(listed.values()) == {"is empty (0 bytes)"} and set(map(os.path.basename, listed)) == set(unusable(run))
     assert read_config(run)["max_bad"] == 0.01
-    given = Pretraining(data=str(photos), out=str(run), max_bad=0.1)  # what it is by default, too, is taken
-    assert resumed(given, read_config(run)).max_bad == 0.1
+    given = {"data": str(photos), "out": str(run), "max_bad": 0.1}  # what it is by default, too, is taken
+    assert resumed(Pretraining(**given), given, read_config(run)).max_bad == 0.1
     mirl.pretrain(**options, max_bad="50%", resume=True)
     assert rows(run, "train")[-1]["step"] == 9 and read_config(run)["max_bad"] == 0.5
 

@@ -64,19 +64,6 @@ def options(tiny, tmp_path):
     return tiny | {"model": "vit_64x2_4", "epochs": 1, "block_figures": False, "out": str(tmp_path / "disk" / "run")}
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    return tmp_path_factory.mktemp("finished") / "run"
-
-
-@pytest.fixture
-def uninterrupted(options, finished):
-    """The run that every interrupted one must equal; made once."""
-    if not finished.exists():
-        mirl.pretrain(**options | {"out": str(finished)})
-    return finished
-
-
 @pytest.fixture
 def quick(uninterrupted):
     """Nothing here asks what curves look like."""

@@ -200,7 +200,7 @@ def test_a_mistake_leaves_earlier_features_alone(embed, tmp_path, option):
     [
         ([], "--weights is missing"),
         (["--weights=pixels", "--data=nowhere"], "'nowhere' does not exist"),
-        (["--weights=pixels", "--data=shapes:3", "--out=file/x"], "cannot write file/x: .*; choose another --out"),
+        (["--weights=pixels", "--data=shapes:3", "--out=file/x"], "cannot write file/x.npy: .*; choose another --out"),
         (["--weights=pixels", "--data=shapes:3", "--table=xls"], "--table xls is not allowed; give csv or parquet"),
         (["--weights=pixels", "--data=shapes:3", "--pool=max"], "--pool max is not allowed; give mean or cls or patch"),
     ],

@@ -14,7 +14,8 @@ from mirl.data.labels import open_labelled, open_split
 from mirl.data.sources import open_source
 from mirl.data.transforms import fixed_view
 from mirl.errors import UserError
-from mirl.tasks.features import FeatureOptions, FrozenEncoder, RawPixels, cache, open_encoder
+from mirl.tasks.features import FrozenEncoder, RawPixels, cache, open_encoder
+from mirl.tasks.settings.features import FeatureOptions
 from mirl.tasks.weights import Weights, open_weights
 
 MEAN, DEVIATION = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])

@@ -34,8 +34,8 @@ def grey(patterns, tmp_path_factory):
 
 def test_the_weights_channels_are_the_images(grey):
     log = (grey / "log.txt").read_text()
-    assert "note      RandAugment works on RGB, and these images have 1 channels: left out" in log
-    assert "16x16 px, patches of 8x8, 1 channels" in log and "· none · erasing" in log
+    assert "note      RandAugment works on RGB, and these images have 1 channel: left out" in log
+    assert "16x16 px, patches of 8x8, 1 channel" in log and "· none · erasing" in log
     cfg = timm.create_model(f"local-dir:{grey / 'encoder'}", pretrained=True).pretrained_cfg
     assert [tuple(cfg[key]) for key in ("input_size", "mean", "std")] == [(1, 16, 16), (0.5,), (0.25,)]
 

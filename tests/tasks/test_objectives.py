@@ -201,7 +201,7 @@ def test_what_a_run_leaves_needs_no_teacher(tiny, tmp_path):
     assert state["feature_average"].keys() == finished.encoder.state_dict().keys()
     again = mirl.pretrain(**options | {"weights": str(run)}, out=tmp_path / "again")
     log = (again / "log.txt").read_text()
-    assert "2 decoders are trained too; their layers that predict features are fresh" in log
+    assert "2 decoders trained too; their layers that predict features are fresh" in log
     assert rows(again, "held_out")[0]["pixel"] == pytest.approx(rows(run, "held_out")[-1]["pixel"], abs=1e-5)
 
 
@@ -241,7 +241,7 @@ def test_mistakes_are_one_line(patterned, vgg, encoder, tmp_path):
     for options, message in (
         (grey | {"vgg": vgg}, "--vgg sees images of 3 channels and these have 1; leave out --vgg"),
         (grey | {"feature": encoder}, "sees images of 3 channels and these have 1; give another ViT, or --feature ema"),
-        ({"feature": lone}, "sees images of 1 channels and these have 3"),
+        ({"feature": lone}, "sees images of 1 channel and these have 3"),
         ({"feature": "nowhere"}, "--feature: 'nowhere' is neither a file"),
         ({"feature": "nowhere"}, "; or ema, an average of the encoder"),
         ({"vgg": "nowhere"}, "--vgg nowhere is no file; give torchvision's VGG16"),

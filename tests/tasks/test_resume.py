@@ -28,6 +28,7 @@ import mirl
 from mirl.cli import main
 from mirl.errors import UserError
 from mirl.training.checkpoints import checkpoint_path, saved_steps
+from mirl.training.runs import read_config
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -44,19 +45,6 @@ def options(tiny, tmp_path):
         "evaluate_epochs": 2,
         "block_figures": False,
     }
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    return tmp_path_factory.mktemp("finished") / "run"
-
-
-@pytest.fixture
-def uninterrupted(options, finished):
-    """The run that every interrupted one must equal; made once."""
-    if not finished.exists():
-        mirl.pretrain(**options | {"out": str(finished), "checkpoint_minutes": 10})
-    return finished
 
 
 def log(options):
@@ -180,6 +168,15 @@ def test_resume_takes_what_is_not_given_from_the_run(options, uninterrupted):
     interrupted(options, after=1)
     mirl.pretrain(out=options["out"], resume=True)
     assert_same_run(options["out"], uninterrupted)
+
+
+def test_what_is_given_counts_also_with_the_value_of_the_default(options, capsys):
+    interrupted(options | {"mask_ratio": 0.5}, after=1)
+    resume = ["pretrain", f"--out={options['out']}", "--resume"]
+    assert_one_line(main([*resume, "--mask_ratio=0.75"]), capsys.readouterr().err, "with --mask_ratio 0.5, and .* 0.75")
+    assert main([*resume, "--checkpoint_minutes=10"]) == 0
+    kept = read_config(options["out"])
+    assert (kept["checkpoint_minutes"], kept["mask_ratio"], kept["evaluate_epochs"]) == (10, 0.5, 2)
 
 
 def test_a_checkpoint_of_another_model_is_refused(options, tiny, tmp_path):

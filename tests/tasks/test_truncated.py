@@ -11,17 +11,12 @@ import mirl
 from mirl.tasks.weights import open_weights
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("truncated") / "run"
-
-
 @pytest.fixture
-def truncated(tiny, folder):
+def truncated(tiny, module_run):
     """A run that trained 3 of 4 blocks; made once, not to be changed."""
-    if not folder.exists():
-        mirl.pretrain(**tiny | {"epochs": 1, "method": "truncated_mae", "taps": [3]}, out=folder)
-    return folder
+    if not module_run.exists():
+        mirl.pretrain(**tiny | {"epochs": 1, "method": "truncated_mae", "taps": [3]}, out=module_run)
+    return module_run
 
 
 def test_only_the_first_blocks_are_built_and_trained(truncated):
@@ -38,7 +33,7 @@ def test_fine_tuning_completes_the_encoder(truncated, part):
     state = open_weights(str(truncated / part)).state
     assert len(task.model.blocks) == 4
     assert differing(task.model, state) == set()
-    assert "note      the encoder has 3 blocks: 1 fresh blocks on top" in task.summary()
+    assert "note      the encoder has 3 blocks: 1 fresh block on top" in task.summary()
     assert len(task_of(str(truncated), depth=3).model.blocks) == 3
 
 

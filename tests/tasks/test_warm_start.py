@@ -62,7 +62,7 @@ def of_blocks(names):
 def test_a_run_goes_on_where_another_ended(still, finished):
     run = still(weights=str(finished), data="shapes:100")
     assert differing(weights(run), weights(finished)) == set()
-    assert said(run) == ["vit_ti_4: the first 4 of 4 blocks are trained", "2 decoders are trained too"]
+    assert said(run) == ["vit_ti_4: the first 4 of 4 blocks are trained", "2 decoders trained too"]
     # The same images and masks; means over batches are summed in another order.
     assert rows(run, "held_out")[0]["loss"] == pytest.approx(rows(finished, "held_out")[-1]["loss"], abs=1e-5)
     assert rows(finished, "held_out")[0]["loss"] - rows(finished, "held_out")[-1]["loss"] > 1e-3
@@ -80,7 +80,7 @@ def test_decoders_of_another_form_are_fresh(still, finished, change):
     """Of another number or width; those after other blocks have the same form, and are taken."""
     run, fresh = still(weights=str(finished), **change), still("fresh", **change)
     taken = "taps" in change
-    line = "2 decoders are trained too" if taken else "decoders are fresh: those of the weights have another form"
+    line = "2 decoders trained too" if taken else "decoders are fresh: those of the weights have another form"
     assert said(run)[1:] == [line]
     assert differing(weights(run), weights(finished), "encoder.") == set()
     assert (differing(weights(run), weights(fresh), "decoders.") == set()) != taken

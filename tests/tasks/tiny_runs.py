@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import mirl
+from mirl.errors import UserError
 
 COMMAND = str(Path(sys.executable).with_name("mirl"))
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
@@ -78,6 +79,14 @@ def assert_one_line(code, errors, *parts):
         assert re.search(part, lines[0]), f"{part!r} is not in {lines[0]!r}"
 
 
+def mistake(function, *arguments, **options):
+    """Return what a user is told of a call, which is one line."""
+    with pytest.raises(UserError) as caught:
+        function(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
 def rows(folder, kind="train"):
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if row["kind"] == kind]
@@ -120,6 +129,11 @@ def assert_same_run(left, right):
     assert losses(left) == losses(right)
     a, b = weights(left), weights(right)
     assert a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
+
+
+def assert_same_tensors(left, right):
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
 def wait_for_rows(folder, count, alive=lambda: True):

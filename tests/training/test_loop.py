@@ -176,7 +176,7 @@ def test_no_memory_for_one_image_is_a_user_error(run):
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return super().loss(model, batch)
 
-    with pytest.raises(UserError, match="with 1 images at once; try a smaller model or image"):
+    with pytest.raises(UserError, match="with 1 image at once; try a smaller model or image"):
         train(run, Full())
 
 

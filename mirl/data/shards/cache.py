@@ -1,7 +1,8 @@
 """Shards of other machines (http, S3, Google's and Azure's stores), each fetched whole into a folder of this one.
 
 All processes of a machine share the folder: one of them fetches a shard, the others wait for it. When the folder is
-full, the shards whose use began longest ago are deleted; who still reads one keeps it open.
+full, the shards whose use began longest ago are deleted; who still reads one keeps it open. What processes that were
+killed had begun to write is deleted when the folder is opened.
 """
 
 import hashlib
@@ -48,6 +49,7 @@ class ShardCache:
         if not re.fullmatch(r"\d*\.?\d+", text) or float(text) <= 0:
             raise UserError(f"{LIMIT}={text} is not allowed; give the GiB that fetched shards may take, such as 100")
         self.folder, self.limit = folder, float(text) * 2**30
+        self._remove_unfinished()
 
     def fetched(self, url: str, *, size: int | None = None, sha256: str = "", version: str = "") -> Path:
         """Return where the file at `url` is on this machine; fetch it if it is not there yet.
@@ -75,6 +77,12 @@ class ShardCache:
         with suppress(OSError):  # of a cache that was filled by someone else, or deleted by another process just now
             os.utime(path)
         return path
+
+    def _remove_unfinished(self) -> None:
+        """Delete what killed processes were writing: whoever writes holds the lock of the file's key."""
+        for path in self.folder.glob("*.tmp"):
+            with suppress(OSError), FileLock(self.folder / f"{path.name.partition('.')[0]}.lock", blocking=False):
+                path.unlink(missing_ok=True)
 
     def _make_room(self, newest: Path) -> None:
         """Delete the shards whose use began longest ago until the others fit."""

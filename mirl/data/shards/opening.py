@@ -24,7 +24,7 @@ from mirl.data.shards.cache import LIMIT, ShardCache, is_remote, version_at
 from mirl.data.shards.images import ShardImages
 from mirl.data.shards.names import INDEX, beside, expand, index_of, is_folder
 from mirl.data.shards.tar_index import Index, Members, Shard, scan
-from mirl.errors import UserError
+from mirl.errors import UserError, plural
 from mirl.training.runs import console
 
 Part = tuple[Shard, Members]
@@ -116,7 +116,7 @@ def _made(names: list[str], channels: int, cache: Path, store: ShardCache, writt
         new = [name for name in names if not _fits(name, before.get(name), modified=True)]
         if far := [name for name in new if is_remote(name)]:
             console.print(
-                f"{len(far)} shards have no {INDEX} beside them: they are fetched once, to be indexed", markup=False
+                f"{plural(len(far), 'shard')} without {INDEX} beside them: fetched once, to be indexed", markup=False
             )
         parts = {name: part for name, part in before.items() if name not in new}
         for name in track(new, "indexing shards", console=console, transient=True, disable=not console.is_terminal):
@@ -188,8 +188,8 @@ def _nothing(data: str, index: Index) -> str:
     if wrong:
         more = f" ({len(wrong)} of {len(index.shards)} shards are like that)" if len(index.shards) > 1 else ""
         return f"{wrong[0].name!r} {wrong[0].problem}{more}; give tar files of images, as mirl shard writes them"
-    ignored = sum(shard.ignored for shard in index.shards)
-    return f"{data!r} has no images, but {ignored} other members; give shards with .jpg, .png, .webp ... in them"
+    others = plural(sum(shard.ignored for shard in index.shards), "other member")
+    return f"{data!r} has no images, but {others}; give shards with .jpg, .png, .webp ... in them"
 
 
 def _warnings(index: Index, store: ShardCache) -> Iterator[str]:

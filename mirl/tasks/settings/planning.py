@@ -5,7 +5,6 @@ from typing import Literal
 
 from mirl.errors import UserError
 from mirl.methods import Context, MethodName
-from mirl.models.patches import pair
 from mirl.tasks.options import COUNT, POSITIVE, Options, Precision, Ranges
 from mirl.tasks.settings.pretraining import PAPER_BATCH, PAPER_EPOCHS, Resolved, default_patch
 
@@ -84,6 +83,8 @@ class PlanOptions(Options):
 
     def settings(self, precision: Precision) -> Resolved:
         """Return the settings of the run as mirl pretrain has them."""
+        from mirl.models.patches import pair
+
         return Resolved(
             model=self.model, method=self.method, segments=self.segments, taps=self.taps, context=self.context,
             decoder_width=self.decoder_width, decoder_depth=self.decoder_depth, image_size=pair(self.image_size),
