@@ -48,6 +48,10 @@ def count(run: Callable[[], object]) -> Cost:
     """Count the multiply-adds of what `run` computes."""
     with FlopCounterMode(display=False) as counter:
         run()
+    return _counted(counter)
+
+
+def _counted(counter: FlopCounterMode) -> Cost:
     operations = counter.get_flop_counts()["Global"]
     linear = sum(flops for operation, flops in operations.items() if operation in LINEAR)
     return Cost(linear / 2, (sum(operations.values()) - linear) / 2)
@@ -80,8 +84,11 @@ def step_cost(model: Autoencoder, mask_ratio: float) -> StepCost:
         encoder = count(
             lambda: run_segments(model.encoder, embed_visible(model.encoder, image, visible), model.method.taps)
         )
-        forward = count(lambda: model(image, visible, masked))
-    both = count(lambda: torch.stack([p.sum() for p in model(image, visible, masked)]).sum().backward())
+    with FlopCounterMode(display=False) as counter:
+        loss = torch.stack([p.sum() for p in model(image, visible, masked)]).sum()
+        forward = _counted(counter)
+        loss.backward()
+        both = _counted(counter)
     return StepCost(encoder / IMAGES, (forward - encoder) / IMAGES, both / IMAGES)
 
 

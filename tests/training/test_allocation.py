@@ -7,12 +7,12 @@ import sys
 import pytest
 
 COUNT = """
-import resource, torch
+import resource, numpy
 from mirl.training.allocation import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(4):
-        torch.ones(2**24)  # 64 MiB: 16,384 pages, or 32 huge ones
+        numpy.ones(2**24, numpy.float32)  # 64 MiB: 16,384 pages, or 32 huge ones
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 {preparation}
 for _ in range(8):  # a small tensor may take the beginning of what was freed, and the heap grows
