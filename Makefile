@@ -24,10 +24,10 @@ browser:
 		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium \
 		>/dev/null; } || echo "it could not be installed: tests that need a browser will skip"; fi
 
-# A process for each core and two more, because many wait (for a browser, for runs that they kill), each with one
+# A process for each core and one more, because some wait (for a browser, for runs that they kill), each with one
 # thread: more threads than cores make PyTorch ten times slower.
 test: setup browser
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $$(($$(getconf _NPROCESSORS_ONLN) + 2)) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --dist loadfile
 
 # Speed and memory, against the peers, on the machine at hand: an hour on two cores, best with nothing beside it.
 bench: setup
