@@ -95,10 +95,6 @@ class Measured:
     def __init__(self, precision: Any) -> None:
         self.device, self.precision = torch.device("cuda" if torch.cuda.is_available() else "cpu"), precision
 
-    def turn(self, images: int) -> float:
-        """Return the seconds of a step."""
-        raise NotImplementedError
-
     def ceiling(self) -> float:
         """Return the FLOP/s of large matrix products at this moment."""
         return this_machine(self.device, self.precision).peak(self.precision)
@@ -129,6 +125,7 @@ class Ours(Measured):
             self.real.task.model.compile_repeated()
 
     def turn(self, images: int) -> float:
+        """Return the seconds of a step."""
         return self.real.seconds(images)[1]
 
     def parts(self, images: int) -> dict[str, float]:
@@ -151,6 +148,7 @@ class Peer(Measured):
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, betas=BETAS, weight_decay=0.05)
 
     def turn(self, images: int) -> float:
+        """Return the seconds of a step."""
         batch = torch.randn(images, 3, 224, 224, device=self.device)
         began = self._now()
         half = self.precision == "bf16"

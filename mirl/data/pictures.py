@@ -59,9 +59,6 @@ COLOURS = {("YCbCr", 3): "RGB", ("RGB", 3): "RGB", ("Gray", 3): "RGB", ("Gray", 
 
 JPEG = b"\xff\xd8\xff"  # its first bytes
 
-# Where these are in a file, it may have to be turned.
-MAY_BE_TURNED = b"Exif", b"tiff:Orientation"
-
 
 class Picture(Protocol):
     """An image of `size`, (height, width) in pixels."""
@@ -98,21 +95,20 @@ class JpegPicture:
     """A JPEG in memory of which the header is decoded.
 
     simplejpeg decodes most of them. It and Pillow are libjpeg-turbo with the same pixels, but Pillow hands it the file
-    in pieces, stores four bytes a pixel, and takes a tenth of the time to open it. What simplejpeg cannot decode, or
-    finds damaged, is Pillow's to decode or to judge.
+    in pieces and stores four bytes a pixel. What simplejpeg cannot decode, or finds damaged, is Pillow's to decode or
+    to judge.
 
     Args:
         content: the file; channels: 1, 3 or 4.
     """
 
     def __init__(self, content: bytes, channels: int) -> None:
-        self.content, self.channels, self.turn = content, channels, None
+        self.content, self.channels = content, channels
         self._height, self._width, self._colours = _header(content, channels)
-        if not self._colours or any(each in content for each in MAY_BE_TURNED):
-            image = image_in(content, channels)
-            self.turn = turn_of(image)
-            if (self._width, self._height) != image.size:
-                (self._width, self._height), self._colours = image.size, None
+        image = image_in(content, channels)
+        self.turn = turn_of(image)
+        if (self._width, self._height) != image.size:
+            (self._width, self._height), self._colours = image.size, None
         size = (self._height, self._width)
         self.size: Size = (size[1], size[0]) if self.turn in QUARTERS else size
 
