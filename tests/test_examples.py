@@ -62,7 +62,7 @@ def test_the_readmes_tree_names_every_part_of_the_package():
 
 
 def test_the_examples_of_loading_weights_run(tiny, tmp_path, capsys):
-    run = mirl.pretrain(**tiny, out=str(tmp_path / "run"))
+    run = mirl.pretrain(**tiny | {"epochs": 1, "block_figures": False}, out=str(tmp_path / "run"))
     capsys.readouterr()
     examples = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "converting.md").read_text(), re.S)
     for code in examples:

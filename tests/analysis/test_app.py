@@ -268,7 +268,7 @@ def browser():
         browser.close()
 
 
-def test_the_page_in_a_browser(run, browser, tmp_path):
+def test_the_page_in_a_browser(run, browser, tmp_path, capsys):
     """Loads, opens a file, follows the slider, the button and the brush, warns of a bad file; Ctrl-C ends it."""
     (photo,) = write_images(tmp_path, count=1, size=(64, 64))
     (tmp_path / "bad.png").write_bytes(b"no picture")
@@ -336,12 +336,8 @@ def test_the_page_in_a_browser(run, browser, tmp_path):
         assert elsewhere == [] and complaints == []
 
         port = address.rpartition(":")[2].strip("/")
-        second = subprocess.run(
-            [COMMAND, "app", run, "--open_browser", "false", "--port", port], env=ENVIRONMENT, text=True,
-            capture_output=True, timeout=200,
-        )  # fmt: skip
-        assert second.returncode == 2
-        assert second.stderr.splitlines() == [
+        assert main(["app", run, "--open_browser", "false", "--port", port]) == 2
+        assert capsys.readouterr().err.splitlines() == [
             f"mirl app: error: no page can be served at 127.0.0.1:{port}; choose another --port"
         ]
 

@@ -15,6 +15,7 @@ from mirl.errors import UserError
 from mirl.studies import cells
 from mirl.studies.results import find_results
 from mirl.studies.stages import stages_of
+from mirl.tasks.accuracy import write_json
 
 SMOKE = Path(__file__).resolve().parents[2] / "studies" / "smoke.yaml"
 
@@ -85,6 +86,27 @@ def test_finished_stages_are_not_run_again(here, monkeypatch):
     assert result(here, "mirl_2_seed0")["results"].keys() == {"held_out_loss", "finetune", "probe", "knn", "diagnosis"}
 
 
+def test_a_training_that_was_killed_at_its_end_is_not_trained_again(here, monkeypatch):
+    """Before the ledger says that it is finished, or after, while checkpoints are removed."""
+
+    def kill(*_, **__):
+        raise KeyboardInterrupt
+
+    def write_the_beginning(path, ledger):
+        write_json(path, kill() if any(entry["finished"] for entry in ledger.values()) else ledger)
+
+    write_study(here, **ONE_CELL)
+    folder = here / "runs" / "studies" / "small" / "mirl_2_seed0" / "pretrain"
+    monkeypatch.setattr(cells, "FUNCTIONS", cells.FUNCTIONS | {"finetune": kill})
+    for patches in ({"write_json": write_the_beginning}, {"shutil": SimpleNamespace(rmtree=kill)}, {}):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            for name, value in patches.items():
+                patch.setattr(cells, name, value)
+            mirl.study("small")
+        assert [row["step"] for row in rows(folder)] == [1, 2]
+        assert (folder / "checkpoints").exists() == bool(patches)
+
+
 def test_runs_of_another_definition_are_not_taken_for_these(here, monkeypatch):
     def stop(**_):
         raise KeyboardInterrupt
@@ -109,7 +131,7 @@ def test_a_budget_is_kept(here, monkeypatch, capfd):
 
 
 def test_next_runs_one_cell_and_minutes_as_many_as_fit(here, monkeypatch):
-    study, ran, now = small_study(here), [], [0.0]
+    study, ran, now = small_study(here, seeds=[0]), [], [0.0]
 
     def pretended(study, cell, *_):
         ran.append(cell.name)
@@ -125,7 +147,7 @@ def test_next_runs_one_cell_and_minutes_as_many_as_fit(here, monkeypatch):
     mirl.study("small", minutes=1)
     assert ran == ["mae_2_seed0", "mirl_2_seed0"]
     mirl.study("small")
-    assert len(ran) == 14 and not find_results(study).missing
+    assert len(ran) == 7 and not find_results(study).missing
 
 
 def test_a_table_runs_nothing_and_needs_no_data(here, capfd):

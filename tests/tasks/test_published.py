@@ -4,12 +4,12 @@ import json
 import re
 import shutil
 import socket
-import subprocess
 import threading
 from base64 import b64decode
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -18,9 +18,10 @@ import yaml
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from tiny_classes import PATTERNS
-from tiny_runs import COMMAND, ENVIRONMENT, assert_one_line, assert_same_tensors, mistake, rows
+from tiny_runs import assert_one_line, assert_same_tensors, mistake, rows
 
 import mirl
+from mirl.cli import main
 from mirl.tasks.card import run_of
 from mirl.tasks.convert import convert
 from mirl.tasks.weights import open_checkpoint
@@ -121,17 +122,17 @@ def hub():
 
 
 @pytest.fixture
-def upload(runs, tmp_path):
+def upload(runs, tmp_path, monkeypatch, capsys):
     """Return a function that runs `mirl convert` with --push_to_hub owner/name, against a hub at an address."""
 
     def run(address, *more, to="huggingface"):
-        environment = ENVIRONMENT | {
-            "HF_ENDPOINT": address, "HF_TOKEN": "hf_test", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(tmp_path),
-            "NO_PROXY": "127.0.0.1",
-        }  # fmt: skip
-        arguments = ["convert", str(runs("mirl")), str(tmp_path / "out"), f"--to={to}", "--push_to_hub=owner/name"]
-        done = subprocess.run([COMMAND, *arguments, *more], env=environment, capture_output=True, text=True)
-        return done.returncode, done.stdout, done.stderr
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", True)
+        for name, value in (("HF_TOKEN", "hf_test"), ("NO_PROXY", "127.0.0.1")):
+            monkeypatch.setenv(name, value)
+        arguments = [str(runs("mirl")), str(tmp_path / "out"), f"--to={to}", "--push_to_hub=owner/name", *more]
+        capsys.readouterr()
+        return main(["convert", *arguments]), *capsys.readouterr()
 
     return run
 
