@@ -30,7 +30,8 @@ from mirl.data.huggingface import open_table
 from mirl.data.packed import PackedStrings
 from mirl.data.path_index import cache_folder, remembered
 from mirl.data.pictures import DecodedPicture, Picture, open_picture
-from mirl.data.shards.names import FORMS, names_shards
+from mirl.data.shards.cache import is_remote
+from mirl.data.shards.names import FORMS, local_shards, names_shards
 from mirl.data.shards.opening import open_shards
 from mirl.data.walking import read_list, suffix, walk
 from mirl.errors import UserError, plural, printable
@@ -167,7 +168,7 @@ def open_source(data: str | Path, *, channels: int = 3, download: bool = False) 
     Args:
         data: a folder (searched below, in the order of relative paths), a glob such as `photos/**/*.jpg`, a list file
             (one path a line, relative to the list's folder; blank lines and lines that start with # are skipped),
-            tar shards such as `shards/{000000..000127}.tar`, a folder of them with its index, addresses of either,
+            tar shards such as `shards/{000000..000127}.tar`, a folder of them, addresses of either,
             `hf:NAME` or `hf:FOLDER` for a Hugging Face data set,
             `shapes`, `shapes:COUNT` or `shapes:COUNT:PIXELS`, or a name in `TORCHVISION_SETS`.
         channels: channels of every image; other than 1, 3 and 4 only `.npy` files are images.
@@ -183,7 +184,7 @@ def open_source(data: str | Path, *, channels: int = 3, download: bool = False) 
         name, colon, count = text.partition(":")
         if name == "shapes":
             return _open_shapes(count if colon else "10000", channels)
-        if name == "hf" and colon:
+        if name == "hf" and colon and not is_remote(text):
             return open_table(count, channels, download)
         if text in TORCHVISION_SETS:
             return _open_torchvision(text, channels, download)
@@ -212,9 +213,11 @@ def _open_shapes(text: str, channels: int) -> Source:
     return Shapes(int(count), size=int(size) if colon else 64)
 
 
-def _open_folder(folder: str, channels: int) -> ImageFiles:
+def _open_folder(folder: str, channels: int) -> Source:
     suffixes = image_suffixes(channels)
     found = remembered(folder, suffixes, partial(walk, folder, suffixes))
+    if not found.paths and local_shards(folder):
+        return open_shards(folder, channels, cache_folder())
     if not found.paths:
         closed = f" and {plural(len(found.unreadable), 'folder')} that cannot be read" if found.unreadable else ""
         others = f"{plural(found.ignored, 'other file')}{closed}"

@@ -1,5 +1,6 @@
 """Shards of a server: fetched once for all processes, checked, tried again, deleted when there is no room."""
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -11,6 +12,7 @@ from typing import ClassVar
 
 import pytest
 from filelock import FileLock
+from fsspec.implementations.local import LocalFileSystem
 
 import mirl
 from mirl.data.decode import BadImage
@@ -154,6 +156,19 @@ def test_without_an_index_shards_are_fetched_once_to_be_indexed(server, tmp_path
     assert len(open_source(data)) == 24 and len(tars()) == count
     with pytest.raises(UserError, match=r"has no index.safetensors; name its shards"):
         open_source(f"{server}/s/")
+    mirl.shard("shapes:3:48", str(tmp_path / "other"), workers=0)
+    shutil.copy(tmp_path / "other" / "000000.tar", tmp_path / "s" / "000000.tar")  # another shard at that address
+    os.utime(tmp_path / "s" / "000000.tar", (1, 1))  # of the same size, and http knows seconds
+    changed = open_source(data)
+    assert changed.read(0).shape == (3, 48, 48) and len(tars()) == count + 1
+    assert len(changed) == len(open_source(data)) and len(tars()) == count + 1
+
+
+def test_addresses_of_the_hub_are_shards_and_no_name_of_a_data_set(server, tmp_path, monkeypatch):
+    files = LocalFileSystem()
+    monkeypatch.setattr(cache, "filesystem_of", lambda url: (files, url.replace("hf://datasets/u/n", str(tmp_path))))
+    folder, pattern = (open_source(f"hf://datasets/u/n/s/{name}") for name in ("", "00000{0..1}.tar"))
+    assert len(folder) == 24 and folder.read(1).equal(pattern.read(1))
 
 
 def test_a_new_index_at_the_same_address_is_seen(server, tmp_path):
@@ -182,9 +197,32 @@ def test_the_shards_used_longest_ago_make_room(server, tmp_path, monkeypatch):
     assert len(tars()) == 4
     open_source(f"{server}/s/").read(0)
     assert len(tars()) == 5
+    usage = shutil.disk_usage(kept)
+    monkeypatch.delenv("MIRL_CACHE_GIB")
+    with monkeypatch.context() as patched:  # a disk that takes no further shard
+        patched.setattr(shutil, "disk_usage", lambda _: usage._replace(free=cache.SPARE + size // 2))
+        source = open_source(f"{server}/s/")
+        assert "or the room on its disk" in source.warnings[0]
+        source.read(firsts[2])
+    assert source.read(0).shape == (3, 32, 32)
+    assert 0 < sum(path.stat().st_size for path in kept.glob("*.tar")) <= 2.5 * size
     monkeypatch.setenv("MIRL_CACHE_GIB", "lots")
     with pytest.raises(UserError, match="MIRL_CACHE_GIB=lots is not allowed"):
         open_source(f"{server}/s/")
+
+
+def test_a_quota_that_shards_fill_is_kept_to(tmp_path, monkeypatch):
+    class Store:
+        def get_file(self, place, to):
+            if len(list(tmp_path.glob("*.tar"))) == 3:
+                raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+            Path(to).write_bytes(bytes(99))
+
+    monkeypatch.setattr(cache, "filesystem_of", lambda url: (Store(), url))
+    monkeypatch.setattr(cache, "PAUSES", (0.01,))
+    store = ShardCache(tmp_path)
+    assert all(store.fetched(f"s3://b/{i}.tar", size=99).exists() for i in range(6))
+    assert len(list(tmp_path.glob("*.tar"))) == 3
 
 
 def test_what_killed_processes_were_fetching_is_removed(server, tmp_path):

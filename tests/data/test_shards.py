@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import save
 
+import mirl
 from mirl.data.decode import BadImage
 from mirl.data.shards.images import ShardImages
 from mirl.data.shards.names import expand, names_shards
@@ -290,6 +291,34 @@ def test_webdataset_and_we_read_each_others_shards(folder, tmp_path):
     assert torch.equal(theirs.read(2), open_source("s/000.tar").read(2))
     ours = list(webdataset.WebDataset(str(folder / "000.tar"), shardshuffle=False))
     assert [sample["jpg"] for sample in ours] == [encoded(i) for i in range(4)]
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file", "ignore:Exception ignored")  # webdataset's
+def test_each_image_is_a_sample_of_webdatasets(folder, tmp_path):
+    """Whose samples are neighbours with the same name up to the first dot; the index keeps the files' names."""
+    webdataset = pytest.importorskip("webdataset")
+    files = [f"frame.{i:04d}.jpg" for i in range(3)] + ["a.jpg", "a.png", "a_2.jpg", "v1.0/b.c/x.y.JPG"]
+    for i, name in enumerate(files):
+        path = tmp_path / "files" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(i, "PNG" if name.endswith("png") else "JPEG"))
+    source = open_source(mirl.shard("files", "out", workers=0, shuffle=False))
+    assert [name.partition(".tar/")[2] for name in names(source)] == sorted(files)
+    samples = list(webdataset.WebDataset("out/000000.tar", shardshuffle=False))
+    assert [(s["__key__"], *(key for key in s if not key.startswith("__"))) for s in samples] == [
+        ("a", "jpg"), ("a_2", "png"), ("a_2_2", "jpg"), *((f"frame_{i:04d}", "jpg") for i in range(3)),
+        ("v1.0/b.c/x_y", "jpg"),
+    ]  # fmt: skip
+    write_tar(folder / "001.tar", [(f"{i:04d}.jpg", encoded(i + 4)) for i in range(4)])  # names of 000.tar again
+    mirl.shard("s/00{0..1}.tar", "again", workers=0, shuffle=False)
+    again = list(webdataset.WebDataset("again/000000.tar", shardshuffle=False))
+    assert [sample["jpg"] for sample in again] == [encoded(i) for i in range(8)]
+
+
+def test_a_folder_of_shards_needs_no_index(folder):
+    assert names(open_source("s")) == names(open_source("s/{000..002}.tar"))
+    (folder / "x.jpg").write_bytes(encoded(1))  # an archive beside images is none
+    assert names(open_source("s")) == ["s/x.jpg"]
 
 
 def test_shards_are_named_among_what_data_may_be(folder):

@@ -1,6 +1,7 @@
 """`mirl shard` writes what was there, the same bytes each time, whatever happens; runs on shards are exact."""
 
 import csv
+import io
 import json
 import multiprocessing
 import os
@@ -154,12 +155,16 @@ def test_resized_images_are_smaller_and_upright(photos, tmp_path):
     Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(tmp_path / "large" / "deep.png")
     small = Image.fromarray(pixels[:20, 90:110])
     small.save(tmp_path / "large" / "small.jpg")
+    several = [Image.fromarray(pixels), small]  # as cameras write them, with a small picture to show
+    several[0].save(tmp_path / "large" / "camera.jpg", "MPO", save_all=True, append_images=several[1:])
     found = dict(members(mirl.shard("large", "out", resize=60, workers=0)))
-    assert sorted(found) == ["alpha.png", "deep.png", "small.jpg", "turned.jpg"]
+    assert sorted(found) == ["alpha.png", "camera.jpg", "deep.png", "small.jpg", "turned.jpg"]
+    with Image.open(io.BytesIO(found["camera.jpg"])) as image:
+        assert (image.format, image.size) == ("JPEG", (100, 60))
     for name in ("deep.png", "small.jpg"):
         assert found[name] == (tmp_path / "large" / name).read_bytes()
     source = open_source("out", channels=4)
-    images = {source.name_of(i).rpartition("/")[2]: source.read(i) for i in range(4)}
+    images = {source.name_of(i).rpartition("/")[2]: source.read(i) for i in range(5)}
     assert images["alpha.png"].shape == (4, 60, 100) and images["alpha.png"][3, :, 90].max() == 0
     assert images["turned.jpg"].shape == (4, 100, 60)
     assert images["turned.jpg"][0, 10].min() > 240 and images["turned.jpg"][0, 90].max() < 10

@@ -1,13 +1,15 @@
 """Shards of other machines (http, S3, Google's and Azure's stores), each fetched whole into a folder of this one.
 
-All processes of a machine share the folder: one of them fetches a shard, the others wait for it. When the folder is
-full, the shards whose use began longest ago are deleted; who still reads one keeps it open. What processes that were
-killed had begun to write is deleted when the folder is opened.
+All processes of a machine share the folder: one of them fetches a shard, the others wait for it. When the folder or
+its disk is full, the shards whose use began longest ago are deleted; who still reads one keeps it open. What processes
+that were killed had begun to write is deleted when the folder is opened.
 """
 
+import errno
 import hashlib
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,10 +26,15 @@ from mirl.training.files import atomic
 SCHEMES = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss", "hf", "sftp")
 LIMIT = "MIRL_CACHE_GIB"  # environment variable
 DEFAULT_LIMIT = 100.0  # GiB
+SPARE = 2**28  # bytes of the disk that are left for what other processes write meanwhile; 256 MiB
 SECONDS = 30  # without a byte, after which a server counts as lost
 PAUSES = (1.0, 5.0, 20.0)  # seconds between tries to fetch a shard
 FAILED_FOR = 60  # seconds for which a shard that could not be fetched is not asked for again
 MISSING = (403, 404, 410)  # what a web server answers where nothing is; 403 is that of stores that do not list
+
+# What stores say of a file that changes with it; not when it was read last, nor the signed address of a redirection.
+TELLING = ("Content-MD5", "Digest", "ETag", "LastModified", "Last-Modified", "blob_id", "etag", "generation",
+           "last_modified", "mtime", "size")  # fmt: skip
 
 T = TypeVar("T")
 
@@ -38,7 +45,7 @@ def is_remote(name: str) -> bool:
 
 
 class ShardCache:
-    """A folder of fetched files of at most `limit` GiB.
+    """A folder of fetched files of at most `limit` bytes, of less where its disk has no room for them.
 
     Raises:
         UserError: if `MIRL_CACHE_GIB` is no number.
@@ -69,11 +76,11 @@ class ShardCache:
                 if not _is_whole(path, size):
                     _raise_again(failed)
                     try:
-                        _asked(url, partial(_fetch, url, path, size, sha256))
+                        _asked(url, partial(self._fetch, url, path, size, sha256))
                     except OSError as error:
-                        failed.write_text(f"{type(error) is FileNotFoundError:d}{error}", encoding="utf-8")
+                        with suppress(OSError):  # of a disk that is full
+                            failed.write_text(f"{type(error) is FileNotFoundError:d}{error}", encoding="utf-8")
                         raise
-                    self._make_room(path)
         with suppress(OSError):  # of a cache that was filled by someone else, or deleted by another process just now
             os.utime(path)
         return path
@@ -84,19 +91,46 @@ class ShardCache:
             with suppress(OSError), FileLock(self.folder / f"{path.name.partition('.')[0]}.lock", blocking=False):
                 path.unlink(missing_ok=True)
 
-    def _make_room(self, newest: Path) -> None:
-        """Delete the shards whose use began longest ago until the others fit."""
-        found = []
+    def room(self) -> float:
+        """Return how many bytes fetched files may take: the limit, or what the disk has for them if that is less."""
+        taken = sum(size for _, size, _ in self._kept())
+        return max(0.0, min(self.limit, taken + shutil.disk_usage(self.folder).free - SPARE))
+
+    def _fetch(self, url: str, path: Path, size: int | None, sha256: str) -> None:
+        filesystem, place = filesystem_of(url)
+        self._make_room(size or 0)
+        with atomic(path) as temporary:
+            try:
+                filesystem.get_file(place, str(temporary))
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):  # a quota, which the disk's free room does not tell
+                    self.limit = sum(size for _, size, _ in self._kept())
+                raise
+            found = temporary.stat().st_size
+            if size is not None and found != size:
+                raise OSError(f"it has {found:,} bytes instead of {size:,}")
+            if sha256 and checksum(temporary) != sha256:
+                raise OSError("it has another checksum")
+
+    def _make_room(self, size: int) -> None:
+        """Delete the shards whose use began longest ago until one of `size` bytes fits beside the others."""
+        kept, room = self._kept(), self.room()
+        taken = size + sum(size for _, size, _ in kept)
+        for _, size, path in sorted(kept):
+            if taken <= room:
+                return
+            with suppress(FileNotFoundError):  # another process made room
+                os.unlink(path)
+            taken -= size
+
+    def _kept(self) -> list[tuple[int, int, str]]:
+        """Return (when its use began, bytes, path) of each fetched file."""
+        kept = []
         for entry in os.scandir(self.folder):
-            if entry.name.endswith(".tar") and entry.name != newest.name:
+            if entry.name.endswith(".tar"):
                 with suppress(FileNotFoundError):  # another process made room
-                    found.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
-        room = self.limit - newest.stat().st_size
-        for _, size, path in sorted(found, reverse=True):
-            room -= size
-            if room < 0:
-                with suppress(FileNotFoundError):  # another process made room
-                    os.unlink(path)
+                    kept.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
+        return kept
 
 
 def _is_whole(path: Path, size: int | None) -> bool:
@@ -140,32 +174,22 @@ def _asked(url: str, ask: Callable[[], T]) -> T:
         time.sleep(pauses.pop(0))
 
 
-def _fetch(url: str, path: Path, size: int | None, sha256: str) -> None:
-    filesystem, place = filesystem_of(url)
-    with atomic(path) as temporary:
-        filesystem.get_file(place, str(temporary))
-        found = temporary.stat().st_size
-        if size is not None and found != size:
-            raise OSError(f"it has {found:,} bytes instead of {size:,}")
-        if sha256 and checksum(temporary) != sha256:
-            raise OSError("it has another checksum")
-
-
 def checksum(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def version_at(url: str) -> str:
-    """Return what changes when another file is put at an address: its size, its time, its tag.
+def version_at(url: str) -> tuple[str, int]:
+    """Return what changes when another file is put at an address (its size, its time, its tag), and its bytes or 0.
 
     Raises:
         Unread: if it cannot be asked for; FileNotFoundError: if there is none.
     """
     filesystem, place = filesystem_of(url)
     about = _asked(url, partial(filesystem.info, place))
-    return repr(sorted((key, str(value)) for key, value in about.items()))
+    said = [(key, str(about[key])) for key in TELLING if about.get(key) is not None]
+    return repr(said) if said else "", about.get("size") or 0
 
 
 def filesystem_of(url: str) -> tuple[Any, str]:

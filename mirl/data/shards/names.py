@@ -3,7 +3,7 @@
 import itertools
 import os
 import re
-from glob import glob, has_magic
+from glob import escape, glob, has_magic
 
 from mirl.data.shards.cache import filesystem_of, is_remote
 from mirl.errors import UserError
@@ -17,6 +17,11 @@ ENDINGS = (".tar", ".tar.gz", ".tgz")
 def names_shards(data: str) -> bool:
     """Tell whether `--data` means shards: it ends in .tar, is an address, or a folder that `mirl shard` wrote."""
     return is_remote(data) or data.endswith(ENDINGS) or os.path.isfile(os.path.join(data, INDEX))
+
+
+def local_shards(folder: str) -> list[str]:
+    """Return the tar files of a folder of this machine, in order."""
+    return sorted(glob(os.path.join(escape(folder), "*.tar")))
 
 
 def expand(data: str) -> list[str]:

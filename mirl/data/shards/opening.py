@@ -8,10 +8,10 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from glob import escape, glob
 from pathlib import Path
 
 from filelock import FileLock
@@ -22,13 +22,14 @@ from mirl.data.order import HELD_OUT_SHARDS, WINDOW
 from mirl.data.reading import Unread
 from mirl.data.shards.cache import LIMIT, ShardCache, is_remote, version_at
 from mirl.data.shards.images import ShardImages
-from mirl.data.shards.names import INDEX, beside, expand, index_of, is_folder
+from mirl.data.shards.names import INDEX, beside, expand, index_of, is_folder, local_shards
 from mirl.data.shards.tar_index import Index, Members, Shard, scan
 from mirl.errors import UserError, plural
 from mirl.training.runs import console
 
 Part = tuple[Shard, Members]
 NAMED = 3  # shards with problems
+AT_ONCE = 8  # questions to a store
 
 
 def open_shards(data: str, channels: int, cache: Path) -> ShardImages:
@@ -44,7 +45,7 @@ def open_shards(data: str, channels: int, cache: Path) -> ShardImages:
     names = expand(data)
     written = _written(names, channels, store)
     names = [shard for name in names for shard in (_in_folder(name, written) if is_folder(name) else [name])]
-    new = [name for name in names if not _fits(name, written.get(name), modified=False)]
+    new = [name for name in names if not _fits(Shard(name, 0), written.get(name), modified=False)]
     made = _made(new, channels, cache, store, written) if new else {}
     index = Index.joined([made[name] if name in made else written[name] for name in names], {})
     if not len(index.members):
@@ -56,7 +57,8 @@ def _fetched(store: ShardCache, shard: Shard) -> str:
     """Return a shard's path on this machine, fetched if it is elsewhere."""
     if not is_remote(shard.name):
         return shard.name
-    return str(store.fetched(shard.name, size=shard.size or None, sha256=shard.sha256))
+    path = store.fetched(shard.name, size=shard.size or None, sha256=shard.sha256, version=shard.version)
+    return str(path)
 
 
 def kind(channels: int) -> str:
@@ -68,7 +70,7 @@ def _in_folder(folder: str, written: dict[str, Part]) -> list[str]:
     """Return the shards of a folder: those that its index names; of a local one without, its tar files."""
     names = [name for name in written if beside(name, "") == beside(index_of(folder), "")]
     if not names and not is_remote(folder):
-        names = sorted(glob(os.path.join(escape(folder), "*.tar")))
+        names = local_shards(folder)
     if not names:
         example = beside(index_of(folder), "{000..127}.tar")
         raise UserError(f"{folder!r} has no {INDEX}; name its shards, such as {example!r}")
@@ -80,8 +82,7 @@ def _written(names: Iterable[str], channels: int, store: ShardCache) -> dict[str
     found: dict[str, Part] = {}
     for place in dict.fromkeys(map(index_of, names)):
         try:
-            path = store.fetched(place, version=version_at(place)) if is_remote(place) else Path(place)
-            index = Index.load(path)
+            index = Index.load(Path(_fetched(store, _at(place)) if is_remote(place) else place))
         except FileNotFoundError:
             continue
         except UserError:
@@ -107,23 +108,44 @@ def _made(names: list[str], channels: int, cache: Path, store: ShardCache, writt
     full = [name if is_remote(name) else os.path.abspath(name) for name in names]
     key = hashlib.sha256(json.dumps([*full, kind(channels)]).encode(errors="surrogateescape")).hexdigest()[:32]
     path = cache / "shards" / f"{key}.index"
+    now = _now(names)
     with _alone(path):
         try:
             before = Index.load(path).of_shards()
         except (ValueError, OSError):
             before = {}
         known = {name: before.get(name) or written.get(name) for name in names}
-        new = [name for name in names if not _fits(name, before.get(name), modified=True)]
+        new = [name for name in names if not _fits(now[name], before.get(name), modified=True)]
         if far := [name for name in new if is_remote(name)]:
             console.print(
                 f"{plural(len(far), 'shard')} without {INDEX} beside them: fetched once, to be indexed", markup=False
             )
         parts = {name: part for name, part in before.items() if name not in new}
         for name in track(new, "indexing shards", console=console, transient=True, disable=not console.is_terminal):
-            parts[name] = _part(name, channels, store, known[name])
+            parts[name] = _part(now[name], channels, store, known[name])
         if new:
             _keep(Index.joined([parts[name] for name in names], {}), path)
     return parts
+
+
+def _now(names: list[str]) -> dict[str, Shard]:
+    """Return what is known of shards before they are read: of those in a store what it says, if it can be asked."""
+
+    def ask(name: str) -> Shard:
+        try:
+            return _at(name)
+        except OSError:
+            return Shard(name, 0)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        said = pool.map(ask, filter(is_remote, names))
+        return {name: Shard(name, 0) for name in names} | {shard.name: shard for shard in said}
+
+
+def _at(address: str) -> Shard:
+    """Return what a store says of a file, or raise OSError."""
+    version, size = version_at(address)
+    return Shard(address, size, version=version)
 
 
 @contextmanager
@@ -149,32 +171,33 @@ def _keep(index: Index, path: Path) -> None:
         console.print(f"the index of the shards is not kept: {error}; it is made again next time", markup=False)
 
 
-def _fits(name: str, part: Part | None, *, modified: bool) -> bool:
-    """Tell whether an index's part still is the shard's: by its size and, for `modified`, its time of modification.
+def _fits(now: Shard, part: Part | None, *, modified: bool) -> bool:
+    """Tell whether an index's part still is the shard's: by its size and, for `modified`, its time or its version.
 
-    A copy of a shard has another time than the shard, so the index that was written with it goes by the size.
+    A copy of a shard has another time than the shard, so the index that was written with it goes by the size. Where a
+    store says nothing of a shard `now`, the index is believed.
     """
     if part is None:
         return False
-    if is_remote(name):
-        return not part[0].problem
+    if is_remote(now.name):
+        return not part[0].problem and not (modified and now.version and now.version != part[0].version)
     try:
-        info = os.stat(name)
+        info = os.stat(now.name)
     except OSError:
         return False
     return info.st_size == part[0].size and (not modified or info.st_mtime_ns == part[0].changed)
 
 
-def _part(name: str, channels: int, store: ShardCache, known: Part | None) -> Part:
+def _part(now: Shard, channels: int, store: ShardCache, known: Part | None) -> Part:
     """Index a shard; if it is damaged or gone, what was known of it stays, with what is wrong."""
     try:
-        shard, members = scan(_fetched(store, Shard(name, 0)), channels)
-        shard = replace(shard, name=name)
+        shard, members = scan(_fetched(store, now), channels)
+        shard = replace(shard, name=now.name, version=now.version)
     except OSError as error:
         reason = error.strerror or str(error)
         missing = isinstance(error, FileNotFoundError)
         shard, members = (
-            Shard(name, 0, problem="is missing" if missing else f"cannot be read: {reason}"),
+            Shard(now.name, 0, problem="is missing" if missing else f"cannot be read: {reason}"),
             Members.of([]),
         )
     if shard.problem and known and known[0].count > shard.count:
@@ -200,8 +223,8 @@ def _warnings(index: Index, store: ShardCache) -> Iterator[str]:
         yield f"{len(wrong)} of {len(index.shards)} shards cannot be read to the end: {named}{more}"
     far = sorted((shard.size for shard in index.shards if is_remote(shard.name)), reverse=True)
     at_a_time = sum(far[: WINDOW + HELD_OUT_SHARDS])
-    if at_a_time > store.limit:
+    if at_a_time and at_a_time > (room := store.room()):
         yield (
-            f"the shards that are read at a time have {at_a_time / 2**30:.3g} GiB, but {LIMIT} is "
-            f"{store.limit / 2**30:.3g}: they will be fetched again and again"
+            f"the shards that are read at a time have {at_a_time / 2**30:.3g} GiB, but {store.folder} may take "
+            f"{room / 2**30:.3g} ({LIMIT}, or the room on its disk): they will be fetched again and again"
         )

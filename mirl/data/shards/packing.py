@@ -9,6 +9,7 @@ import os
 from pathlib import PurePosixPath
 
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from mirl.data.decode import BadImage, file_content, image_in, image_suffixes, is_array, only_bad_image, turn_of
 from mirl.data.encoded import EncodedImages
@@ -75,7 +76,8 @@ def _smaller(content: bytes, side: int, channels: int) -> tuple[bytes, str] | No
     with only_bad_image(), image_in(content, channels) as image:
         if image.mode[0] in "IF":
             return None
-        photograph, profile = image.format == "JPEG", image.info.get("icc_profile")
+        # Cameras' MPO, several pictures in one file, is a JPEG too.
+        photograph, profile = isinstance(image, JpegImageFile), image.info.get("icc_profile")
         turn, shorter = turn_of(image), min(image.size)
         width, height = (max(1, round(edge * side / shorter)) for edge in image.size)
         image.draft(None, (2 * width, 2 * height))  # a JPEG's transform can be inverted smaller

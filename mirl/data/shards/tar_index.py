@@ -30,7 +30,8 @@ MEMBER_LIMIT = 2**30  # bytes of the largest image; 1 GiB
 class Shard:
     """A tar file: its name or address, its bytes, the images in it, and what is wrong with it, if anything.
 
-    `changed` is its time of modification in ns, `sha256` its checksum; empty where they are not known.
+    `changed` is its time of modification in ns, `sha256` its checksum, `version` what its store says that changes with
+    it; empty where they are not known.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Shard:
     changed: int = 0
     sha256: str = ""
     problem: str = ""
+    version: str = ""
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,7 @@ def _check(index: Index) -> None:
     kinds = [(m.blocks, np.uint32), (m.sizes, np.uint32), (m.letters, np.uint8), (m.name_ends, np.int64)]
     if any(tensor.dtype != kind or tensor.ndim != 1 for tensor, kind in kinds):
         raise ValueError("has tensors of other kinds")
-    texts = [value for shard in index.shards for value in (shard.name, shard.sha256, shard.problem)]
+    texts = [value for shard in index.shards for value in (shard.name, shard.sha256, shard.problem, shard.version)]
     numbers = [value for shard in index.shards for value in (shard.size, shard.count, shard.ignored, shard.changed)]
     if not all(isinstance(text, str) and "\0" not in text for text in texts):
         raise ValueError("has shards without a name")

@@ -5,8 +5,9 @@ A shard's own index is written after it, so whoever goes on after a kill knows w
 
 import errno
 import hashlib
+import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 from mirl.data.decode import BadImage
 from mirl.data.shards.cache import checksum
 from mirl.data.shards.packing import shard_image
-from mirl.data.shards.tar_index import BLOCK, Index, scan
+from mirl.data.shards.tar_index import BLOCK, Index, Members, scan
 from mirl.data.sources import Source
 from mirl.errors import UserError
 from mirl.training.files import atomic
@@ -75,20 +76,23 @@ def images_per_shard(source: Source, order: np.ndarray, size: float, resize: int
     return -(-len(order) // shards)
 
 
-def write_shard(plan: Plan, number: int, wrote: Callable[[], None]) -> None:
-    """Write a shard and its index, in which the images that were left out are named; `wrote` is called for each image.
+def write_shard(plan: Plan, number: int) -> None:
+    """Write a shard and its index, in which the images that were left out are named.
+
+    The index has the images' own names, so that what is said of them leads to their files; the tar those of `_apart`.
 
     Raises:
         OSError: if it cannot be written, or does not hold what was written.
     """
     skipped: list[tuple[str, str]] = []
     with atomic(plan.tar(number)) as temporary:
-        rows, digest = _write(temporary, _images(plan, number, skipped), wrote)
+        rows, names, digest = _write(temporary, _images(plan, number, skipped))
         shard, members = scan(str(temporary), plan.channels)
         if shard.problem or rows != list(members.rows()) or checksum(temporary) != digest:
             raise OSError(errno.EIO, "what was written does not read the same; check the disk")
     described = replace(shard, name=plan.tar(number).name, changed=0, sha256=digest)
-    Index.joined([(described, members)], {"skipped": skipped}).save(plan.index(number))
+    named = Members.of([(offset, size, name) for (offset, size, _), name in zip(rows, names, strict=True)])
+    Index.joined([(described, named)], {"skipped": skipped}).save(plan.index(number))
 
 
 def written(plan: Plan, number: int) -> Index | None:
@@ -100,34 +104,50 @@ def written(plan: Plan, number: int) -> Index | None:
         return None
 
 
-def _images(plan: Plan, number: int, skipped: list[tuple[str, str]]) -> Iterator[tuple[str, bytes] | None]:
-    """Yield name and bytes of each image of a shard, None for one that cannot be used."""
+def _images(plan: Plan, number: int, skipped: list[tuple[str, str]]) -> Iterator[tuple[str, bytes]]:
+    """Yield name and bytes of each image of a shard; add those that cannot be used to `skipped`, with the reason."""
     for index in plan.part(number).tolist():
         try:
             yield shard_image(plan.source, index, plan.resize, plan.channels)
         except BadImage as error:
             skipped.append((plan.source.name_of(index), error.reason))
-            yield None
 
 
-def _write(
-    path: Path, images: Iterator[tuple[str, bytes] | None], wrote: Callable[[], None]
-) -> tuple[list[tuple[int, int, str]], str]:
-    """Write a tar file that depends on its images alone; return (offset, size, name) of each, and its checksum."""
-    rows = []
+def _write(path: Path, images: Iterator[tuple[str, bytes]]) -> tuple[list[tuple[int, int, str]], list[str], str]:
+    """Write a tar file that depends on its images alone.
+
+    Returns:
+        (offset, size, name in the tar) of each image, their own names, and the file's checksum.
+    """
+    rows, names = [], []
+    taken: dict[str, int] = {}
     with open(path, "wb") as file:
         hashing = _Hashing(file)
         with tarfile.open(fileobj=cast(IO[bytes], hashing), mode="w", errors="surrogateescape") as tar:
-            for image in images:
-                if image:
-                    name, content = image
-                    member = tarfile.TarInfo(name)  # of time 0 and user 0
-                    member.size = len(content)
-                    tar.addfile(member, BytesIO(content))
-                    rows.append((tar.offset - _padded(len(content)), len(content), name))
-                    tar.members = []  # type: ignore[attr-defined]  # or it would keep them all
-                wrote()
-    return rows, hashing.sha256.hexdigest()
+            for name, content in images:
+                member = tarfile.TarInfo(_apart(name, taken))  # of time 0 and user 0
+                member.size = len(content)
+                tar.addfile(member, BytesIO(content))
+                rows.append((tar.offset - _padded(len(content)), len(content), member.name))
+                names.append(name)
+                tar.members = []  # type: ignore[attr-defined]  # or it would keep them all
+    return rows, names, hashing.sha256.hexdigest()
+
+
+def _apart(name: str, taken: dict[str, int]) -> str:
+    """Return a name in the tar that is no other's up to its first dot: webdataset makes one sample of those that are.
+
+    Args:
+        taken: such beginnings of names of this tar, and how many images would have each; this one is added.
+    """
+    path, suffix = os.path.splitext(name)
+    folder, slash, stem = path.rpartition("/")
+    begin = unique = folder + slash + stem.replace(".", "_")
+    while unique in taken:
+        taken[begin] += 1
+        unique = f"{begin}_{taken[begin]}"
+    taken[unique] = 1
+    return unique + suffix
 
 
 def _padded(size: int) -> int:
