@@ -46,7 +46,7 @@ class DetectorShape:
     fc_width: int = 1024
     regions: int = 512
     before_suppression: tuple[int, int] = (2000, 1000)
-    after_suppression: tuple[int, int] = (1000, 1000)
+    after_suppression: tuple[int, int] = (2000, 1000)
     protocol: Literal["coco_1x", "vitdet"] = "coco_1x"
 
 

@@ -17,8 +17,6 @@ from mirl.tasks.settings.detection import ResolvedDetection
 from mirl.tasks.trained import Facts, as_it_says, form_of, read_trained, weights_of
 from mirl.training.runs import console
 
-PROPOSALS = 1000  # of an image, both protocols'; fewer where fewer are trained on
-
 
 def detector_of(settings: ResolvedDetection, weights: Weights, classes: int, *, trained: bool = True) -> Detector:
     """Build the detector that the settings describe on an encoder of `weights`, with fresh heads.
@@ -39,9 +37,8 @@ def detector_of(settings: ResolvedDetection, weights: Weights, classes: int, *, 
         encoder = build_windowed(weights, image_size=(size, size), window=settings.window, **options)
     else:
         encoder = build_plain(weights, **options)
-    proposals = min(PROPOSALS, 2 * settings.regions)
     shape = DetectorShape(
-        classes, settings.width, regions=settings.regions, after_suppression=(proposals, proposals),
+        classes, settings.width, regions=settings.regions, after_suppression=settings.proposals,
         protocol=settings.protocol,
     )  # fmt: skip
     return build_detector(

@@ -299,6 +299,16 @@ def test_rates_decay_below_the_heads(vit):
     assert scales[id(task.model.roi_heads.box_predictor.cls_score.weight)] == 1.0
 
 
+@pytest.mark.parametrize(
+    ("protocol", "regions", "proposals"),
+    [("coco_1x", 512, (2000, 1000)), ("vitdet", 512, (1000, 1000)), ("coco_1x", 8, (32, 16)), ("vitdet", 8, (16, 16))],
+)
+def test_proposals_are_the_protocols(vit, protocol, regions, proposals):
+    """CAE's 2,000 in training, detectron2's 1,000; fewer where the heads train on fewer regions."""
+    proposer = task_of(vit, protocol=protocol, regions=regions, image_size=64).model.rpn
+    assert (proposer._post_nms_top_n["training"], proposer._post_nms_top_n["testing"]) == proposals
+
+
 def test_rates_fall_at_nine_and_eleven_twelfths(vit):
     task = task_of(vit, epochs=12, warmup_epochs=0.5)
     peak = task.settings.peak_rate

@@ -29,6 +29,7 @@ SMALLEST = 32  # pixels of an image's side
 COCO_SIDE = 480  # pixels, shorter side of most of COCO's images
 LARGEST = 1333 / 800  # longer side of an image, in its shorter one
 WARMUP_SHARE = 0.1  # of the run, at most
+REGIONS = 512  # of each image, on which both protocols train the heads
 SMALL_WIDTH, SMALL_REGIONS = 64, 64  # of a detector for the built-in images
 
 
@@ -39,6 +40,8 @@ class Schedule:
     Attributes:
         image_size: pixels at patches of 16; batch_size: for which `base_lr` is meant; warmup: steps.
         decays: shares of the run after which the rate falls to a tenth.
+        proposals: kept of each image after suppression, over all levels, in training and in tests, where the heads
+            train on `REGIONS`.
     """
 
     image_size: int
@@ -48,11 +51,12 @@ class Schedule:
     warmup: int
     decays: tuple[float, float]
     drop_path: float
+    proposals: tuple[int, int]
 
 
 PROTOCOLS: dict[Protocol, Schedule] = {
-    "coco_1x": Schedule(800, 12, 32, 3e-4, 500, (9 / 12, 11 / 12), 0.2),
-    "vitdet": Schedule(1024, 100, 64, 1e-4, 250, (163_889 / 184_375, 177_546 / 184_375), 0.1),
+    "coco_1x": Schedule(800, 12, 32, 3e-4, 500, (9 / 12, 11 / 12), 0.2, (2000, 1000)),
+    "vitdet": Schedule(1024, 100, 64, 1e-4, 250, (163_889 / 184_375, 177_546 / 184_375), 0.1, (1000, 1000)),
 }
 
 
@@ -131,7 +135,7 @@ class ResolvedDetection(ResolvedRun, Detection):
     image_size: int = 800
     patch_size: int = 16
     width: int = 256
-    regions: int = 512
+    regions: int = REGIONS
     base_lr: float = 3e-4
     layer_decay: float = 1.0
     warmup_epochs: float = 0
@@ -146,6 +150,12 @@ class ResolvedDetection(ResolvedRun, Detection):
     def peak_rate(self) -> float:
         """The heads' learning rate after warm-up."""
         return self.base_lr * self.batch_size / PROTOCOLS[self.protocol].batch_size
+
+    @property
+    def proposals(self) -> tuple[int, int]:
+        """How many of an image the heads choose from in training and see in tests: fewer where they train on fewer."""
+        training, tests = (min(most, 2 * self.regions * most // 1000) for most in PROTOCOLS[self.protocol].proposals)
+        return training, tests
 
 
 def resolve_detection(
@@ -184,7 +194,7 @@ def resolve_detection(
         "image_size": size,
         "patch_size": patch,
         "width": given.width or (SMALL_WIDTH if small else 256),
-        "regions": given.regions or (SMALL_REGIONS if small else 512),
+        "regions": given.regions or (SMALL_REGIONS if small else REGIONS),
         "base_lr": given.base_lr or max(protocol.base_lr, least),
         "layer_decay": by_depth if given.layer_decay is None else given.layer_decay,
         "warmup_epochs": warmup if given.warmup_epochs is None else given.warmup_epochs,
