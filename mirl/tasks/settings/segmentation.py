@@ -25,7 +25,7 @@ BATCH_SIZE, EPOCHS = 16, 127  # BEiT's 160,000 steps over ADE20K's 20,210 images
 WARMUP_STEPS, WARMUP_SHARE = 1500, 0.1  # the latter of the run, at most
 BASE_LR, BASE_STEPS, LARGEST_LR = 2e-4, 160_000, 1e-3  # a shorter run has a higher rate, by the root of its steps
 OVERFIT_STEPS = 500
-# BEiT's layer decay is 0.65 at 12 blocks, MIRL's probably 0.88 at 48: both leave the lowest layer about this much.
+# BEiT's layer decay is 0.65 at 12 blocks, ours 0.88 at 48: both leave the lowest layer about this much.
 LOWEST_SCALE, LEAST_LAYER_DECAY = 0.003, 0.65
 DEEP, DROP_PATH, DROP_PATH_OF_DEEP = 12, 0.1, 0.2
 SMALL_WIDTH, SMALL_EPOCHS = 64, 12  # for the built-in images
