@@ -4,7 +4,7 @@ import json
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -56,10 +56,17 @@ def from_file(
         raise UserError(f"{path} cannot be read: what it says of its model is cut short") from error
 
 
+class _Config(dict[str, Any]):
+    """What a config.json says; what it does not say is the user's error."""
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise UserError(f"its config.json lacks {name}; give {ALLOWED}")
+
+
 def from_folder(folder: Path) -> Weights | AutoencoderWeights:
     """Open a folder of timm's or Hugging Face's form."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(), object_hook=_Config)
         state = _load_safetensors(folder / "model.safetensors")
         if not isinstance(config, dict):
             raise ValueError("config.json is no table of settings")

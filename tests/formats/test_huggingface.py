@@ -51,8 +51,10 @@ def saved(model, folder):
 
 
 def altered(folder, **changes):
+    """Change what a config.json says; `...` takes an entry away."""
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -247,6 +249,7 @@ def test_a_file_that_lacks_a_tensor_is_refused_by_name(tmp_path):
         ({"num_channels": 1}, "'patch_embed.proj.weight' has shape"),
         ({"hidden_size": 96, "intermediate_size": 384}, "has shape"),
         ({"num_hidden_layers": None}, "cannot be read as an encoder"),
+        ({"num_hidden_layers": ...}, "its config.json lacks num_hidden_layers; give a run folder"),
     ],
 )
 def test_a_config_that_its_tensors_belie_is_refused_in_a_line(changes, reason, tmp_path):
@@ -264,6 +267,7 @@ def test_a_config_that_its_tensors_belie_is_refused_in_a_line(changes, reason, t
         ({"num_hidden_layers": 4}, "lacks 'vit.encoder.layer.3."),
         ({"num_channels": 1}, "has shape"),
         ({"decoder_num_attention_heads": 5}, "heads"),
+        ({"decoder_hidden_size": ...}, "its config.json lacks decoder_hidden_size; give a run folder"),
     ],
 )
 def test_a_vit_mae_that_its_tensors_belie_is_refused_in_a_line(changes, reason, tmp_path):

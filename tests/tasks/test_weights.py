@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import timm
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import get_pretrained_cfg
 from torch.nn import functional as F
 
+import mirl
 from mirl.errors import UserError
 from mirl.models.encoder import ARCHITECTURE, build_encoder, timm_arguments
 from mirl.tasks.weights import Weights, open_weights
@@ -173,6 +175,8 @@ def test_a_timm_model_that_is_no_plain_vit_is_refused_before_it_is_fetched(name,
 def test_nothing_there_is_one_line(tmp_path):
     assert mistake("vit_s_54").startswith("'vit_s_54' is neither a file, a folder nor the name of a timm model; give")
     assert "neither a file, a folder" in mistake(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="neither a file, a folder"):
+        mirl.load_encoder(Path("nowhere"))
     assert mistake(tmp_path).startswith(f"{tmp_path} holds no encoder; give a run folder, its encoder/, ")
 
 
@@ -203,7 +207,8 @@ def halve(path):
 )
 def test_a_damaged_encoder_is_one_line(copy, part, damage):
     damage(copy / "encoder")
-    assert re.search(r"encoder cannot be read as an encoder \(.+\); give a run folder", mistake(copy / part))
+    reason = r"encoder(: its config.json lacks pretrained_cfg| cannot be read as an encoder \(.+\)); give a run folder"
+    assert re.search(reason, mistake(copy / part))
 
 
 def test_a_file_without_its_model_is_one_line(copy):
