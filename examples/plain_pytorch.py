@@ -6,7 +6,7 @@ Everything of the method is in three calls: `mirl(...)` says which decoders are 
 masked patches once per decoder, and `reconstruction_loss` compares the sums with the pixels.
 """
 
-import sys
+import argparse
 
 import torch
 
@@ -54,4 +54,6 @@ def main(steps: int = 200, batch_size: int = 32) -> list[float]:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    parser = argparse.ArgumentParser(description="Pre-train a small encoder on built-in images.")
+    parser.add_argument("--steps", type=int, default=200)
+    main(**vars(parser.parse_args()))

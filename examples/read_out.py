@@ -7,12 +7,14 @@ shapes and tested on 1,000 others. Pre-training never saw a label. Writes read_o
 `mirl probe` and `mirl knn` do this for any images.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
 
 import torch
 
+from mirl import UserError
 from mirl.data.shapes import Shapes
 from mirl.data.transforms import fixed_view
 from mirl.tasks.blocks import linear_accuracy
@@ -23,6 +25,8 @@ from mirl.tasks.weights import open_weights
 
 def main(run: Path, train: int = 3000, test: int = 1000) -> dict[str, dict[str, float]]:
     """Print, save and return the accuracies that three kinds of features allow."""
+    if not run.is_dir():
+        raise UserError(f"{run} is no folder; give that of a run, e.g. runs/demo")
     weights = open_weights(str(run))
     blocks = range(1, weights.depth + 1)  # the means over patches of every block, side by side
     encoders: dict[str, Encoder] = {
@@ -49,4 +53,9 @@ def main(run: Path, train: int = 3000, test: int = 1000) -> dict[str, dict[str, 
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description="Read shape classes from an encoder's frozen features.")
+    parser.add_argument("run", type=Path, help="folder of a run, e.g. runs/demo")
+    try:
+        main(**vars(parser.parse_args()))
+    except UserError as error:
+        sys.exit(f"error: {error}")

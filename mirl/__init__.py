@@ -9,39 +9,43 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mirl.analysis.app import app
-    from mirl.analysis.cost import info
-    from mirl.analysis.degradation import diagnose
-    from mirl.analysis.planning import RunPlan, plan
-    from mirl.analysis.reconstruct import reconstruct
-    from mirl.analysis.reconstructor import Reconstructor
-    from mirl.checkup.doctor import doctor
-    from mirl.checkup.report import DataReport
-    from mirl.errors import UserError
-    from mirl.reports.page import report
-    from mirl.studies.study import study
-    from mirl.tasks.convert import Conversion, convert
-    from mirl.tasks.detect import detect
-    from mirl.tasks.detector import load_detector
-    from mirl.tasks.embed import embed
-    from mirl.tasks.evaluate import evaluate
-    from mirl.tasks.finetune import finetune
-    from mirl.tasks.knn import knn
-    from mirl.tasks.pretrain import pretrain
-    from mirl.tasks.probe import probe
-    from mirl.tasks.segment import segment
-    from mirl.tasks.segmenter import load_segmenter
-    from mirl.tasks.settings.detection import Detection
-    from mirl.tasks.settings.diagnosis import DiagnoseOptions
-    from mirl.tasks.settings.evaluation import EvaluateOptions
-    from mirl.tasks.settings.features import EmbedOptions
-    from mirl.tasks.settings.finetuning import Finetuning
-    from mirl.tasks.settings.planning import PlanOptions
-    from mirl.tasks.settings.pretraining import Pretraining
-    from mirl.tasks.settings.readouts import KNNOptions, ProbeOptions
-    from mirl.tasks.settings.segmentation import Segmentation
-    from mirl.tasks.shard import shard
-    from mirl.tasks.weights import load_autoencoder, load_encoder
+    from mirl.analysis.app import app as app
+    from mirl.analysis.cost import info as info
+    from mirl.analysis.degradation import diagnose as diagnose
+    from mirl.analysis.planning import RunPlan as RunPlan
+    from mirl.analysis.planning import plan as plan
+    from mirl.analysis.reconstruct import reconstruct as reconstruct
+    from mirl.analysis.reconstructor import Reconstructor as Reconstructor
+    from mirl.checkup.doctor import doctor as doctor
+    from mirl.checkup.report import DataReport as DataReport
+    from mirl.errors import UserError as UserError
+    from mirl.reports.page import report as report
+    from mirl.studies.study import study as study
+    from mirl.tasks.convert import Conversion as Conversion
+    from mirl.tasks.convert import convert as convert
+    from mirl.tasks.detect import detect as detect
+    from mirl.tasks.detector import load_detector as load_detector
+    from mirl.tasks.embed import embed as embed
+    from mirl.tasks.evaluate import evaluate as evaluate
+    from mirl.tasks.finetune import finetune as finetune
+    from mirl.tasks.knn import knn as knn
+    from mirl.tasks.pretrain import pretrain as pretrain
+    from mirl.tasks.probe import probe as probe
+    from mirl.tasks.segment import segment as segment
+    from mirl.tasks.segmenter import load_segmenter as load_segmenter
+    from mirl.tasks.settings.detection import Detection as Detection
+    from mirl.tasks.settings.diagnosis import DiagnoseOptions as DiagnoseOptions
+    from mirl.tasks.settings.evaluation import EvaluateOptions as EvaluateOptions
+    from mirl.tasks.settings.features import EmbedOptions as EmbedOptions
+    from mirl.tasks.settings.finetuning import Finetuning as Finetuning
+    from mirl.tasks.settings.planning import PlanOptions as PlanOptions
+    from mirl.tasks.settings.pretraining import Pretraining as Pretraining
+    from mirl.tasks.settings.readouts import KNNOptions as KNNOptions
+    from mirl.tasks.settings.readouts import ProbeOptions as ProbeOptions
+    from mirl.tasks.settings.segmentation import Segmentation as Segmentation
+    from mirl.tasks.shard import shard as shard
+    from mirl.tasks.weights import load_autoencoder as load_autoencoder
+    from mirl.tasks.weights import load_encoder as load_encoder
 
 _HOMES = {
     "pretrain": "mirl.tasks.pretrain",
@@ -82,14 +86,17 @@ _HOMES = {
     "study": "mirl.studies.study",
     "UserError": "mirl.errors",
 }
-__all__ = ["Conversion", "DataReport", "Detection", "DiagnoseOptions", "EmbedOptions", "EvaluateOptions", "Finetuning",
-           "KNNOptions", "PlanOptions", "Pretraining", "ProbeOptions", "Reconstructor", "RunPlan", "Segmentation",
-           "UserError", "__version__", "app", "convert", "detect", "diagnose", "doctor", "embed", "evaluate",
-           "finetune", "info", "knn", "load_autoencoder", "load_detector", "load_encoder", "load_segmenter", "plan",
-           "pretrain", "probe", "reconstruct", "report", "segment", "shard", "study"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'mirl' has no attribute '{name}'")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return ["__version__", *_HOMES]
+
+
+if not TYPE_CHECKING:  # type checkers read the imports above
+    __all__ = __dir__()

@@ -8,6 +8,7 @@ embedding z_0, before the first block.
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from mirl.errors import UserError
@@ -17,6 +18,11 @@ MethodName = Literal[
 ]
 Context = Literal["dense", "previous", "none"]
 Part = Literal["image", "coarse", "fine"]
+# Choices beside the method that options, decoders and objectives share.
+DIDBlocks = Literal["first", "all"]
+DIDMemory = Literal["raw", "embedded"]
+Target = Literal["normalised", "raw"]
+Separation = Literal["gaussian", "log"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,16 @@ def is_term(name: str) -> bool:
     return re.fullmatch(r"(pair|residual|decoder|coarse|fine)_\d+", name) is not None
 
 
+def _train_all(terms: Sequence[Term], decoders: int) -> bool:
+    """Tell whether `terms` name decoders 1 to `decoders` alone, and train each of them.
+
+    One that no term trains would get no gradient, which stops distributed training.
+    """
+    named = {decoder for term in terms for decoder in term.decoders}
+    trained = {decoder for term in terms for decoder in term.decoders if decoder not in term.detached}
+    return named == trained == set(range(1, decoders + 1))
+
+
 @dataclass(frozen=True)
 class Method:
     """Three choices that make a masked-reconstruction method.
@@ -60,6 +76,9 @@ class Method:
         context: whose tokens a decoder may cross-attend: `none`, `previous`, the segment before its own (z_0 for the
             first), or `dense`, every shallower segment's and z_0's.
         terms: the sums that the loss compares with their targets.
+
+    Raises:
+        UserError: if `taps` do not ascend, or a term names a decoder that is not there, or no term trains one that is.
     """
 
     name: str
@@ -70,9 +89,10 @@ class Method:
     def __post_init__(self) -> None:
         if not self.taps or self.taps[0] < 1 or any(a >= b for a, b in zip(self.taps, self.taps[1:], strict=False)):
             raise UserError(f"taps {list(self.taps)} are not ascending block counts from 1; give e.g. 6,12")
-        trained = {decoder for term in self.terms for decoder in term.decoders if decoder not in term.detached}
-        # A decoder that no term trains would get no gradient, which stops distributed training.
-        assert trained == set(range(1, len(self.taps) + 1)), f"terms train {trained}, there are {len(self.taps)}"
+        if not _train_all(self.terms, len(self.taps)):
+            named = ", ".join(str(term.decoders) for term in self.terms)
+            count = len(self.taps)
+            raise UserError(f"terms of decoders {named} at {count} taps: name 1 to {count} alone, and train each")
 
     @property
     def depth(self) -> int:
@@ -100,7 +120,11 @@ class Method:
 
 
 def default_segments(depth: int) -> int:
-    """Return the paper's number of segments for an encoder of `depth` blocks. Paper: Sec. 4, pre-training setup."""
+    """Return the number of segments for an encoder of `depth` blocks that is not told its own.
+
+    It is the paper's for each of its models but ViT-L, whose 24 blocks it cuts into 2, and those of ViT-B-24 into 4.
+    Paper: Sec. 4, pre-training setup; Table 2b.
+    """
     return {24: 4, 48: 6, 54: 6}.get(depth, 2)
 
 
@@ -129,7 +153,7 @@ def mirl(
 
     Args:
         depth: encoder blocks.
-        segments: G, even or 1 (one decoder, nothing to pair); by default the paper's number for this depth.
+        segments: G, even or 1 (one decoder, nothing to pair); by default as many as `default_segments` says.
         taps: block counts after which the decoders read, for uneven segments; the last must be `depth`.
         context: `dense` is the paper's DID; `none` leaves it out (Table 2c).
 
@@ -138,9 +162,9 @@ def mirl(
 
     Paper: Eq. (5)-(8), Table 2b.
     """
-    taps = _taps(depth, segments, taps, paired=True)
-    members: Sequence[tuple[int, ...]] = _pairs(len(taps)) or [(1,)]
-    return Method("mirl", taps, context, tuple(Term(each, 1 / len(members)) for each in members))
+    return _segmented(
+        "mirl", depth, segments, taps, context, lambda n: [Term(each, min(1.0, 2 / n)) for each in _pairs(n) or [(1,)]]
+    )
 
 
 def multi_decoder(
@@ -150,8 +174,9 @@ def multi_decoder(
 
     Paper: Sec. 4.2, Table 2d.
     """
-    taps = _taps(depth, segments, taps, paired=False)
-    return Method("multi_decoder", taps, context, tuple(Term((g,), 1 / len(taps)) for g in range(1, len(taps) + 1)))
+    return _segmented(
+        "multi_decoder", depth, segments, taps, context, lambda n: [Term((g,), 1 / n) for g in range(1, n + 1)]
+    )
 
 
 def coarse_to_fine(
@@ -161,14 +186,14 @@ def coarse_to_fine(
 
     Arguments as for `mirl`. Paper: Sec. 4.2, Table 2e.
     """
-    return _separated("coarse_to_fine", ("coarse", "fine"), depth, segments, taps, context)
+    return _segmented("coarse_to_fine", depth, segments, taps, context, partial(_parts, "coarse", "fine"))
 
 
 def fine_to_coarse(
     depth: int, segments: int | None = None, *, taps: Sequence[int] | None = None, context: Context = "dense"
 ) -> Method:
     """Build `coarse_to_fine` with its targets exchanged. Paper: Sec. 4.2, Table 2e."""
-    return _separated("fine_to_coarse", ("fine", "coarse"), depth, segments, taps, context)
+    return _segmented("fine_to_coarse", depth, segments, taps, context, partial(_parts, "fine", "coarse"))
 
 
 def explicit_residual(
@@ -180,12 +205,12 @@ def explicit_residual(
     Arguments as for `mirl`. Ours, after the paper's mention of another form of Eq. (6) in Appendix B.2, which is not
     published with it.
     """
-    taps = _taps(depth, segments, taps, paired=True, alone=False)
-    pairs = _pairs(len(taps))
-    weight = 1 / (2 * len(pairs))
-    mains = (Term((shallow,), weight) for shallow, _ in pairs)
-    residuals = (Term((shallow, deep), weight, detached=(shallow,)) for shallow, deep in pairs)
-    return Method("explicit_residual", taps, context, (*mains, *residuals))
+
+    def terms(n: int) -> list[Term]:
+        mains = [Term((shallow,), 1 / n) for shallow, _ in _pairs(n)]
+        return mains + [Term((shallow, deep), 1 / n, detached=(shallow,)) for shallow, deep in _pairs(n)]
+
+    return _segmented("explicit_residual", depth, segments, taps, context, terms)
 
 
 # By the names that users type; all take depth, segments, taps and context.
@@ -198,34 +223,30 @@ SEGMENTED: dict[str, Callable[..., Method]] = {
 }
 
 
-def _separated(
-    name: str, parts: tuple[Part, Part], depth: int, segments: int | None, taps: Sequence[int] | None, context: Context
-) -> Method:
-    taps = _taps(depth, segments, taps, paired=True, alone=False)
-    terms = (
-        Term((decoder,), 1 / len(taps), part)
-        for pair in _pairs(len(taps))
-        for decoder, part in zip(pair, parts, strict=True)
-    )
-    return Method(name, taps, context, tuple(terms))
-
-
-def _pairs(count: int) -> list[tuple[int, int]]:
+def _pairs(count: int) -> list[tuple[int, ...]]:
     """Pair shallow with deep: (1, G), (2, G - 1) ... Nothing if there is only one."""
     return [(g, count - g + 1) for g in range(1, count // 2 + 1)]
 
 
-def _taps(
-    depth: int, segments: int | None, taps: Sequence[int] | None, *, paired: bool, alone: bool = True
-) -> tuple[int, ...]:
-    """Return where decoders read: `taps`, or after equal segments; check that they can be paired.
+def _parts(shallow: Part, deep: Part, n: int) -> list[Term]:
+    """Let the members of each pair predict a part of the image each."""
+    return [
+        Term((decoder,), 1 / n, part) for pair in _pairs(n) for decoder, part in zip(pair, (shallow, deep), strict=True)
+    ]
+
+
+def _segmented(
+    name: MethodName, depth: int, segments: int | None, taps: Sequence[int] | None, context: Context,
+    terms: Callable[[int], list[Term]],
+) -> Method:  # fmt: skip
+    """Build a method that reads at `taps`, or after equal segments.
 
     Args:
-        paired: whether segments go in pairs; alone: whether a single segment is allowed.
+        terms: of so many segments. A number of which they leave one untrained is refused: that one has no partner.
     """
 
     def allowed(count: int) -> bool:
-        return alone if count == 1 else count % 2 == 0 or not paired
+        return _train_all(terms(count), count)
 
     if taps is None:
         segments = default_segments(depth) if segments is None else segments
@@ -241,5 +262,5 @@ def _taps(
         )
     if not allowed(len(taps)):
         count = f"{len(taps)} segments" if len(taps) > 1 else "one segment"
-        raise UserError(f"{count} cannot be paired; choose {'1 or ' if alone else ''}an even number")
-    return tuple(taps)
+        raise UserError(f"{count} cannot be paired; choose {'1 or ' if allowed(1) else ''}an even number")
+    return Method(name, tuple(taps), context, tuple(terms(len(taps))))

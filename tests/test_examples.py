@@ -21,6 +21,24 @@ def test_plain_pytorch_learns_in_at_most_80_lines():
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
 
 
+@pytest.mark.parametrize(
+    ("script", "arguments", "said"),
+    [
+        ("plain_pytorch.py", "--help", "--steps"),
+        ("plain_pytorch.py", "--steps many", "invalid int value: 'many'"),
+        ("read_out.py", "", "required: run"),
+        ("read_out.py", "gone", "error: gone is no folder; give that of a run, e.g. runs/demo"),
+        ("read_out.py", ".", "error: . holds no encoder; give a run folder"),
+    ],
+)
+def test_an_example_says_how_it_is_used(script, arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [script, *arguments.split()])
+    with pytest.raises(SystemExit) as leave:
+        runpy.run_path(str(REPOSITORY / "examples" / script), run_name="__main__")
+    assert said in "".join(capsys.readouterr()) + str(leave.value.code)  # which Python prints if it is text
+
+
 @pytest.mark.filterwarnings("ignore:An ill-conditioned matrix")
 def test_a_runs_encoder_can_be_read_out_and_used_as_it_says(tiny, tmp_path, capsys):
     run = mirl.pretrain(**tiny, out=str(tmp_path / "run"))

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import mirl
+
 PACKAGE = Path(__file__).resolve().parents[1] / "mirl"
 # A module may import from its own layer's names and from earlier layers. docs/architecture.md explains the order.
 LAYERS = [
@@ -71,6 +73,17 @@ def test_torchvisions_detectors_are_behind_the_heads():
 def test_a_third_party_has_one_door(package):
     users = {module for module, path in MODULES.items() if any(package in name for name in imports(path))}
     assert users == {DOORS[package]}
+
+
+def test_public_names_are_listed_and_known_to_type_checkers():
+    tree = ast.parse(MODULES["mirl"].read_text())
+    found = [
+        (node.module, alias) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
+    ]
+    typed = {alias.asname: module for module, alias in found if alias.asname == alias.name}
+    assert typed == mirl._HOMES
+    assert set(dir(mirl)) == set(mirl.__all__) == {*typed, "__version__"}
+    assert all(hasattr(mirl, name) for name in dir(mirl))
 
 
 def test_no_file_has_a_name_that_says_nothing():

@@ -32,7 +32,7 @@ def test_one_segment_has_nothing_to_pair():
 
 
 @pytest.mark.parametrize(("depth", "segments"), [(12, 2), (24, 4), (48, 6), (54, 6), (10, 2)])
-def test_default_segments_are_the_papers(depth, segments):
+def test_default_segments_are_the_papers_by_depth(depth, segments):
     assert default_segments(depth) == segments
     assert len(mirl(depth).taps) == segments
 
@@ -114,3 +114,11 @@ def test_uneven_segments_are_given_as_taps():
 def test_refusals_name_what_is_allowed(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+@pytest.mark.parametrize("decoders", [[], [(1,)], [(0, 1, 2)], [(1, 3), (2,)]])
+def test_terms_of_an_own_method_must_train_its_decoders(decoders):
+    with pytest.raises(UserError, match="at 2 taps: name 1 to 2 alone, and train each"):
+        Method("own", (6, 12), "dense", tuple(Term(each, 1.0) for each in decoders))
+    with pytest.raises(UserError, match=r"terms of decoders \(1, 2\) at 2 taps"):
+        Method("own", (6, 12), "dense", (Term((1, 2), 1.0, detached=(1,)),))

@@ -152,6 +152,11 @@ def header(path, label):
     return line
 
 
+def same_run(path):
+    """Return the row whose folders a row's commands share, or nothing."""
+    return "".join(re.findall(r"^# Same run as: (.+)$", path.read_text(), re.M))
+
+
 def figure(path):
     """Return a row's expected figure as its header has it: a number, or `plotted`."""
     return header(path, "Expected").split()[0].rstrip(",")
@@ -176,7 +181,6 @@ def test_a_rows_commands_can_be_typed_and_build(path):
     assert str(pretraining["config"][0]) == f"recipes/pretrain/{pretraining['model']}.yaml"
     assert str(finetuning["config"][0]) == f"recipes/finetune/{pretraining['model']}.yaml"
     assert finetuning["weights"] == pretraining["out"]
-    assert finetuning["out"] == f"runs/{path.parent.name}_{path.stem.removesuffix('_finetune')}_finetuned"
 
     settings, classifier = settings_of(path)
     assert (settings.image_size, settings.patch_size, settings.channels) == ((224, 224), (16, 16), 3)
@@ -213,14 +217,21 @@ def test_headers_have_what_else_the_paper_prints():
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_rows_of_a_table_are_different_runs_in_different_folders(name):
-    rows = [typed(path) for path in folder(name)]
-    assert len({finetuning["out"] for _, finetuning in rows}) == len(rows)
-    runs = {pretraining["out"]: pretraining for pretraining, _ in rows}
-    assert all(runs[pretraining["out"]] == pretraining for pretraining, _ in rows)
-    # Without their folders no two rows are the same experiment.
-    place = {"config": None, "out": None, "weights": None}
-    assert len({str((first | place, second | place)) for first, second in rows}) == len(rows)
+def test_rows_of_a_table_are_different_runs(name):
+    rows = folder(name)
+    assert len({settings_of(path)[1].out for path in rows}) == len(rows)
+
+
+def test_rows_have_the_same_folders_where_they_are_the_same_run_and_say_so():
+    """What a run goes on from is a setting of it: those of Figure 6 that do are runs of their own."""
+    for command in (0, 1):
+        options = [settings_of(path)[command] for path in ROWS]
+        runs = {(str(replace(each, out="")), each.out) for each in options}
+        assert len({settings for settings, _ in runs}) == len(runs) == len({out for _, out in runs})
+    owners = {f"runs/{path.parent.name}_{path.stem.removesuffix('_finetune')}_finetuned": path for path in ROWS}
+    for path in ROWS:
+        owner = owners[settings_of(path)[1].out]
+        assert same_run(path) == ("" if owner == path else f"{owner.parent.name}/{owner.name}")
 
 
 def test_rows_that_go_on_from_a_run_go_on_from_a_shorter_one_beside_them():
@@ -256,15 +267,16 @@ def test_rows_are_the_methods_that_the_tables_name():
 
 def test_the_table_of_recipes_has_each_row_with_its_figure():
     text = (REPOSITORY / "recipes" / "README.md").read_text()
-    table = re.findall(r"^\| (.+) \| \[(.+)\]\((.+)\) \| (.+) \| (yes|no) \|$", text, re.M)
+    link_to = r"\[([\w/.]+)\]\(([\w/.]+)\)"
+    table = re.findall(rf"^\| (.+) \| {link_to} \| (.+) \| (?:{link_to} )?\|$", text, re.M)
     names = [f"{path.parent.name}/{path.name}" for path in ROWS]
     files = dict(zip(names, ROWS, strict=True))
     assert sorted(name for _, name, *_ in table) == names
-    for what, name, link, expected, run in table:
+    for what, name, link, expected, *same in table:
         path = files[name]
         assert (link, expected) == (name, figure(path))
         assert header(path, "What").split(": ")[0] == what
-        assert (run == "no") == ("Not run here." in header(path, "Expected"))
+        assert same == [same_run(path)] * 2
     code = "\n".join(re.findall(r"^    .*$", text, re.M)).replace("\\\n", " ")
     for command, words in re.findall(r"mirl (\w+) (.*)", code):
         assert parser(command).parse_args(words.split()).config

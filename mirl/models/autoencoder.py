@@ -86,29 +86,23 @@ class Autoencoder(nn.Module):
         decoders = cast(Sequence[Decoder], self.decoders)
         tokens = [decoder.embed(norm(z)) for decoder, norm, z in zip(decoders, norms, segments[1:], strict=True)]
         sources = segments if self.embed_input is None else [self.embed_input(segments[0]), *tokens]
-        decode = _recomputed if self.checkpointing and torch.is_grad_enabled() else _computed
+        recompute = self.checkpointing and torch.is_grad_enabled()
         predictions = []
         for number, decoder in enumerate(decoders, start=1):
             memory = [sources[segment] for segment in self.method.memory(number)]
             did = torch.cat(memory, dim=1) if memory else None
-            predictions.append(decode(decoder, tokens[number - 1], did, self.positions, visible, masked,
-                                      all_patches=all_patches))  # fmt: skip
+            inputs = (tokens[number - 1], did, self.positions, visible, masked)
+            predictions.append(
+                checkpoint(decoder, *inputs, all_patches=all_patches, use_reentrant=False)
+                if recompute
+                else decoder(*inputs, all_patches=all_patches)
+            )
         return predictions
 
     def parted(self, predictions: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Part predictions [b, m, p + features] into pixels [b, m, p] and features [b, m, features] of each decoder."""
         p = self.patch_values
         return [both[..., :p] for both in predictions], [both[..., p:] for both in predictions]
-
-
-def _computed(decoder: Decoder, *tensors: Tensor | None, all_patches: bool) -> Tensor:
-    prediction: Tensor = decoder(*tensors, all_patches=all_patches)
-    return prediction
-
-
-def _recomputed(decoder: Decoder, *tensors: Tensor | None, all_patches: bool) -> Tensor:
-    prediction: Tensor = checkpoint(decoder, *tensors, all_patches=all_patches, use_reentrant=False)
-    return prediction
 
 
 def without_features(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ class token, visible, masked: attention does not care about order, and slices th
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from timm.layers import Mlp
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
+from mirl.methods import DIDBlocks, DIDMemory
 from mirl.models.attention import attend
 from mirl.models.encoder import initialise
 
@@ -36,8 +37,8 @@ class DecoderShape:
     width: int
     depth: int
     heads: int
-    did_blocks: Literal["first", "all"] = "first"
-    did_memory: Literal["raw", "embedded"] = "raw"
+    did_blocks: DIDBlocks = "first"
+    did_memory: DIDMemory = "raw"
     weight_norm: bool = False
     features: int = 0
 

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from mirl.errors import UserError
 from mirl.models.patches import Size, gather, sincos_positions
 
-# name: (width, heads). s has 12 heads, as in the paper's Table 1 (timm's vit_small has 6).
 ARCHITECTURE = "vit_base_patch16_224"  # of timm's; every size of it is an argument
 INSIDE_A_BLOCK = 17  # tensors like its input that a block keeps for its backward pass, about
+# name: (width, heads). s has 12 heads, as in the paper's Table 1 (timm's vit_small has 6).
 WIDTHS = {"ti": (192, 3), "s": (384, 12), "b": (768, 12), "l": (1024, 16)}
 
 

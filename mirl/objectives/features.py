@@ -1,7 +1,10 @@
 """The feature objective: a teacher's tokens of the masked patches. Paper: Sec. 3.1 and Table 2a.
 
-The paper leaves its definition to an appendix that is not published; this one is BootMAE's, whose settings the official
-code carries: the teacher sees the whole image, and its target is what its last block gives, before the final norm.
+The paper leaves its definition to an appendix that is not published; this one follows BootMAE, whose settings the
+official code carries: the teacher sees the whole image, and its target is what its last block gives, before the final
+norm. Three things differ: a second layer of each pixel decoder predicts the tokens, not a decoder of their own; the
+weight grows over the warm-up (40 of 300 epochs), not over 25 % of the epochs; the average's decay begins at
+(1 + t)/(10 + t).
 """
 
 from collections.abc import Sequence

@@ -6,15 +6,13 @@ part is the image blurred by a Gaussian, and the fine part what that lost: the r
 """
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mirl.methods import Part
-from mirl.objectives.pixels import Target, patch_statistics
+from mirl.methods import Part, Separation, Target
+from mirl.objectives.pixels import patch_statistics
 
-Separation = Literal["gaussian", "log"]
 TRUNCATE = 4  # sigmas at which a kernel ends
 
 

@@ -13,16 +13,16 @@ from torch.nn import functional as F
 from torchvision.models import vgg16
 
 from mirl.errors import UserError
-from mirl.methods import Term
+from mirl.methods import Target, Term
 from mirl.models.patches import Size, unpatchify
-from mirl.objectives.pixels import Target, to_pixels, total, weighted
+from mirl.objectives.pixels import to_pixels, total, weighted
 
 RELU3_3 = 16  # layers of torchvision's `features` up to and with relu3_3
 REMEDY = "give torchvision's VGG16, as .pth or .safetensors: https://download.pytorch.org/models/vgg16-397923af.pth"
 
 
-def open_vgg(path: str, layers: int = RELU3_3) -> nn.Sequential:
-    """Return the first `layers` of a VGG16's features, frozen, with the weights in a file.
+def open_vgg(path: str) -> nn.Sequential:
+    """Return a VGG16's layers up to and with relu3_3, frozen, with the weights in a file.
 
     Its images are RGB, normalised by ImageNet's mean and deviation.
 
@@ -32,7 +32,7 @@ def open_vgg(path: str, layers: int = RELU3_3) -> nn.Sequential:
     if not Path(path).expanduser().is_file():
         raise UserError(f"--vgg {path} is no file; {REMEDY}")
     with torch.device("meta"):
-        vgg = vgg16(weights=None, init_weights=False).features[:layers]
+        vgg = vgg16(weights=None, init_weights=False).features[:RELU3_3]
     try:
         state = _read(Path(path).expanduser())
         vgg.load_state_dict({name: state[f"features.{name}"].float() for name in vgg.state_dict()}, assign=True)

@@ -2,15 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from functools import reduce
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mirl.methods import Part, Term
+from mirl.methods import Part, Target, Term
 
-Target = Literal["normalised", "raw"]
 VARIANCE_EPS = 1e-6
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mirl.data.transforms import channel_statistics
-from mirl.methods import Term
+from mirl.methods import Target, Term
 from mirl.models.patches import Size, unpatchify
-from mirl.objectives.pixels import Target, to_pixels
+from mirl.objectives.pixels import to_pixels
 from mirl.training.files import atomic
 
 GREY = 0.5  # what a residual of nothing, and a masked patch, look like

@@ -17,7 +17,7 @@ from mirl.methods import (
 )
 from mirl.models.autoencoder import Autoencoder, build_autoencoder
 from mirl.models.decoder import DecoderShape
-from mirl.models.encoder import parse_model
+from mirl.models.encoder import embed_visible, run_segments
 from mirl.models.masking import split
 from mirl.models.patches import gather, patchify
 from mirl.objectives.features import feature_loss
@@ -208,8 +208,6 @@ def test_visible_embedding_equals_timms_own():
     model = autoencoder(mae(6), image_size=(32, 48), patch_size=(8, 4), channels=5)
     images = torch.randn(2, 5, 32, 48)
     everything = torch.arange(len(model.positions)).expand(2, -1)
-    from mirl.models.encoder import embed_visible, run_segments
-
     tokens = embed_visible(model.encoder, patchify(images, (8, 4)), everything)
     ours = model.encoder.norm(run_segments(model.encoder, tokens, (6,))[-1])
     torch.testing.assert_close(ours, model.encoder.forward_features(images), rtol=1e-5, atol=1e-5)
@@ -237,19 +235,6 @@ def test_bfloat16_is_close_to_float32():
         low = model(*batch)
     for a, b in zip(low, model(*batch), strict=True):
         torch.testing.assert_close(a.float(), b, rtol=0.1, atol=0.05)
-
-
-@pytest.mark.parametrize(
-    ("name", "parsed"), [("vit_s_54", (384, 12, 54)), ("vit_ti_3", (192, 3, 3)), ("vit_l_24", (1024, 16, 24))]
-)
-def test_model_names(name, parsed):
-    assert parse_model(name) == parsed
-
-
-@pytest.mark.parametrize("name", ["vit_x_12", "vit_s_0", "vit_s", "resnet50", ""])
-def test_unknown_models_are_refused_with_the_pattern(name):
-    with pytest.raises(UserError, match=r"use vit_\{ti,s,b,l\}_DEPTH"):
-        parse_model(name)
 
 
 def test_patches_that_do_not_tile_are_refused_with_a_near_size():

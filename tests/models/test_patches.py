@@ -1,5 +1,7 @@
 """Patches, positions and masks."""
 
+import re
+
 import pytest
 import torch
 
@@ -48,6 +50,18 @@ def test_the_lowest_noise_stays_visible():
 def test_a_ratio_that_hides_all_or_nothing_is_refused(ratio):
     with pytest.raises(UserError, match="choose 0.016 to 0.984"):
         visible_count(64, ratio)
+
+
+def test_the_ratios_that_a_refusal_names_are_allowed():
+    for patches in (*range(2, 300), *(side * side for side in range(18, 129))):
+        with pytest.raises(UserError) as refusal:
+            visible_count(patches, 1.0)
+        lowest, highest = re.findall(r"choose (\S+) to (\S+)", str(refusal.value))[0]
+        assert visible_count(patches, float(highest)) >= 1
+        assert visible_count(patches, float(lowest)) <= patches - 1
+        assert patches * (1 - float(highest)) < 2  # no mask that is possible lies far outside
+    with pytest.raises(UserError, match="an image of one patch leaves nothing to mask; choose a smaller --patch_size"):
+        visible_count(1, 0.75)
 
 
 def test_gather_picks_rows_of_each_image():

@@ -215,7 +215,7 @@ def test_the_summary_says_what_is_compared_and_what_is_not_read(vgg, encoder):
         assert line in lines
     assert not any(line.startswith("warning") for line in lines)
     idle = {"separation_sigma": 1.0, "feature_weight": 2.0, "vgg_weight": 2.0, "extra_share": 1.0, "did_blocks": "all"}
-    idle["context"] = "previous"
+    idle |= {"context": "previous", "labelled": "shapes", "block_figures": False}
     lines = task_of(method="mae", **idle).summary()
     assert [line for line in lines if line.startswith("warning")] == [
         "warning: --context has no effect without several segments",
@@ -224,6 +224,7 @@ def test_the_summary_says_what_is_compared_and_what_is_not_read(vgg, encoder):
         "warning: --feature_weight has no effect without --feature",
         "warning: --vgg_weight has no effect without --vgg",
         "warning: --extra_share has no effect without --feature or --vgg",
+        "warning: --labelled has no effect without --block_figures",
     ]
 
 

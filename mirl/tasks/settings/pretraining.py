@@ -7,7 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mirl.errors import UserError
-from mirl.methods import SEGMENTED, Context, Method, MethodName, mae, truncated_mae
+from mirl.methods import (
+    SEGMENTED,
+    Context,
+    DIDBlocks,
+    DIDMemory,
+    Method,
+    MethodName,
+    Separation,
+    Target,
+    mae,
+    truncated_mae,
+)
 from mirl.tasks.options import (
     COUNT,
     NOT_NEGATIVE,
@@ -54,7 +65,7 @@ class _Pretraining:
     (docs/methods.md)"""
     segments: int | None = None
     """equal segments of the encoder, for most methods an even number; by default 4 for 24 blocks, 6 for 48 and 54, else
-    2 (the paper)"""
+    2 (the paper's, but for its ViT-L: 2)"""
     taps: list[int] | None = None
     """block counts after which decoders read, e.g. [4,12], for segments of unequal length; for truncated_mae the
     blocks that are trained"""
@@ -72,16 +83,16 @@ class _Pretraining:
     """blocks of each decoder; by default 2, or 4 for a single decoder (equal cost, the paper's Fig. 3)"""
     decoder_heads: int | None = None
     """by default one per 32 of decoder width"""
-    did_blocks: Literal["first", "all"] = "first"
+    did_blocks: DIDBlocks = "first"
     """decoder blocks with cross-attention: first (the paper) or all (the official code)"""
-    did_memory: Literal["raw", "embedded"] = "raw"
+    did_memory: DIDMemory = "raw"
     """cross-attention reads the encoder's tokens (the paper) or decoder-width ones (the official code)"""
     weight_norm: bool = False
     """weight-normalised prediction layers (the official code)"""
 
-    target: Literal["normalised", "raw"] = "normalised"
+    target: Target = "normalised"
     """predict pixels normalised within each patch, or raw"""
-    separation: Literal["gaussian", "log"] = "gaussian"
+    separation: Separation = "gaussian"
     """what parts coarse from fine: a Gaussian, or the paper's Laplacian of Gaussian taken literally"""
     separation_sigma: float = 2.0
     """pixels; of the Gaussian"""
@@ -254,6 +265,7 @@ def idle_options(settings: Resolved, method: Method) -> list[str]:
         "--feature": (settings.feature, ("feature_weight",)),
         "--vgg": (settings.vgg, ("vgg_weight",)),
         "--feature or --vgg": (settings.feature or settings.vgg, ("extra_share",)),
+        "--block_figures": (settings.block_figures, ("labelled",)),
     }
     defaults = {field.name: field.default for field in dataclasses.fields(settings)}
     return [
