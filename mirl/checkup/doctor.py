@@ -8,7 +8,7 @@ import numpy as np
 from rich.progress import track
 
 from mirl.checkup.findings import findings
-from mirl.checkup.quarantine import check_outside, check_quarantine, move_broken
+from mirl.checkup.quarantine import check_quarantine, move_broken
 from mirl.checkup.records import Records
 from mirl.checkup.report import JSON, PICTURE, DataReport, Speed
 from mirl.checkup.sizes_picture import draw_sizes
@@ -56,7 +56,7 @@ def doctor(
     quarantine = Path(move_bad).expanduser() if move_bad else None
     source = _open(data, channels, folder, quarantine)
     began, processes = time.perf_counter(), workers or available_cores()
-    records = look_at(source, sample, timeout, processes)
+    records = inspect_files(source, sample, timeout, processes)
     pace = len(records) / (time.perf_counter() - began)
     moved, problems = move_broken(records, quarantine) if quarantine else (np.empty(0, np.int64), [])
     try:
@@ -90,10 +90,10 @@ def _open(data: str, channels: int, folder: Path, quarantine: Path | None) -> Im
     source = open_source(data, channels=channels)
     if not isinstance(source, ImageFiles):
         raise UserError(f"{data} is not a folder of image files; give a folder, a glob or a list file")
-    where = Path(data).expanduser()
-    check_outside(folder, where, "--out")
+    if (folder / PICTURE).exists() and not (folder / JSON).exists():
+        raise UserError(f"--out {folder} holds another {PICTURE}, which would be lost; give another folder")
     if quarantine:
-        check_quarantine(quarantine, where)
+        check_quarantine(quarantine, Path(data).expanduser())
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -102,7 +102,7 @@ def _open(data: str, channels: int, folder: Path, quarantine: Path | None) -> Im
     return source
 
 
-def look_at(source: ImageFiles, sample: int | None, timeout: float, processes: int) -> Records:
+def inspect_files(source: ImageFiles, sample: int | None, timeout: float, processes: int) -> Records:
     """Inspect all files of a source, or a random sample of them, in several processes."""
     members = np.arange(len(source))
     if sample is not None and sample < len(source):

@@ -20,6 +20,7 @@ Severity = Literal["skipped", "odd"]
 OF_TRAITS: tuple[tuple[str, Trait, Severity, str, str], ...] = (
     ("broken", Trait.BROKEN, "skipped", "no image comes out of them", "reason"),
     ("unread", Trait.UNREAD, "skipped", "may be good, but could not be read now", "reason"),
+    ("channels", Trait.CHANNELS, "skipped", "of another number of channels than --channels", "reason"),
     ("constant", Trait.CONSTANT, "odd", "all pixels have one colour: nothing to learn", ""),
     ("deep", Trait.DEEP, "odd", "over 8 bits a channel: grey and .npy are stretched to 8, colour is cut to 8", "mode"),
     ("colour space", Trait.COLOURS, "odd", "neither grey nor RGB: converted without a profile", "mode"),

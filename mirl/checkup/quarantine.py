@@ -15,21 +15,16 @@ from mirl.errors import UserError
 UNDO = "moved.txt"
 
 
-def check_outside(folder: Path, data: Path, option: str) -> None:
-    """Raise UserError if what is written to `folder` would be data the next time; hidden folders never are."""
-    inner, outer = folder.resolve(), data.resolve()
-    within = inner.relative_to(outer).parts if inner.is_relative_to(outer) else (".",)
-    if data.is_dir() and not any(part.startswith(".") for part in within):
-        raise UserError(f"{option} {folder} is inside {data} and would be taken for data; give another folder")
-
-
 def check_quarantine(folder: Path, data: Path) -> None:
     """Raise UserError if broken files cannot be moved from `data` to `folder`."""
     if not data.is_dir():
         raise UserError(f"--move_bad needs a folder of images, which {data} is not; give the folder")
-    check_outside(folder, data, "--move_bad")
-    if data.resolve().is_relative_to(folder.resolve()):
+    inner, outer = folder.resolve(), data.resolve()
+    if outer.is_relative_to(inner):
         raise UserError(f"--move_bad {folder} is around {data}; give a folder beside it")
+    hidden = any(part.startswith(".") for part in inner.parts[len(outer.parts) :])
+    if inner.is_relative_to(outer) and not hidden:
+        raise UserError(f"--move_bad {folder} is inside {data} and would be taken for data; give another folder")
 
 
 def move_broken(records: Records, folder: Path) -> tuple[np.ndarray, list[str]]:

@@ -9,7 +9,7 @@ RECORD = np.dtype([
     ("traits", "u4"), ("reason", "u4"), ("bytes", "u8"), ("digest", "u8"), ("height", "u4"), ("width", "u4"),
     ("format", "u4"), ("mode", "u4"), ("profile", "u4"), ("seconds", "f4"),
 ])  # fmt: skip
-UNUSABLE = Trait.BROKEN | Trait.UNREAD
+UNUSABLE = Trait.BROKEN | Trait.UNREAD | Trait.CHANNELS
 
 
 class Records:

@@ -14,10 +14,11 @@ from mirl.checkup.quarantine import UNDO
 from mirl.checkup.records import Records
 from mirl.checkup.suggestion import Kept, Suggestion, advice
 from mirl.data.inspection import Trait
+from mirl.data.walking import REPORT
 from mirl.errors import plural
 from mirl.training.files import atomic
 
-JSON, PICTURE = "doctor.json", "sizes.png"
+JSON, PICTURE = REPORT
 NAMED = 3  # files of a kind that people are shown
 SUGGESTED = ("model", "image_size", "patch_size", "batch_size", "epochs", "max_bad")
 QUANTILES = {"smallest": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "largest": 1.0}
@@ -68,7 +69,7 @@ class DataReport:
         height, width = (records.of_usable(side).astype(np.float32) for side in ("height", "width"))
         usable, size = len(height), int(records.of_usable("bytes").sum())
         return {
-            "files": len(source), "looked_at": len(records), "usable": usable, "other_files": source.ignored,
+            "files": len(source), "inspected": len(records), "usable": usable, "other_files": source.ignored,
             "bytes": size, "bytes_per_image": size // max(1, usable),
             "shorter_side": _quantiles(np.minimum(height, width)),
             "width_by_height": _quantiles(width / np.maximum(height, 1)),
@@ -102,9 +103,9 @@ class DataReport:
 
     def _about(self) -> Iterator[str]:
         f, source = self.figures(), self.records.source
-        looked_at = f"{f['looked_at']:,} of them looked at, so figures are estimates; " if self.sampled else ""
+        sample = f"{f['inspected']:,} of them looked at, so figures are estimates; " if self.sampled else ""
         others = f"{plural(f['other_files'], 'other file', form=',')} ignored"
-        yield f"data      {self.data}: {plural(f['files'], 'image file', form=',')}; {looked_at}{others}"
+        yield f"data      {self.data}: {plural(f['files'], 'image file', form=',')}; {sample}{others}"
         yield from (f"unread    the folder {folder} cannot be listed" for folder in source.unreadable)
         if not f["usable"]:
             return

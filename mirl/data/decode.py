@@ -49,6 +49,10 @@ class BadImage(Exception):
         self.reason = reason
 
 
+class OtherChannels(BadImage):
+    """A file that may be good, but is not of the number of channels that was asked for."""
+
+
 @cache
 def openable_formats() -> tuple[str, ...]:
     """Return the names of the formats that `read_image` accepts, the common ones first."""
@@ -132,7 +136,7 @@ def file_in_memory(path: str | os.PathLike[str]) -> bytes | Image.Image:
 def image_in(content: bytes, channels: int) -> Image.Image:
     """Return the image in a file's bytes, but for `.npy`, of which the header alone was decoded."""
     if channels not in MODES:
-        raise BadImage(f"cannot have {channels} channels; only .npy files can")
+        raise OtherChannels(f"cannot have {channels} channels; only .npy files can")
     if not content:
         raise BadImage("is empty (0 bytes)")
     return Image.open(io.BytesIO(content), formats=openable_formats())
@@ -245,7 +249,10 @@ def _laid_out(array: np.ndarray, channels: int) -> np.ndarray:
     elif array.ndim == 3 and shape[2] != channels and shape[0] == channels:
         array = np.moveaxis(array, 0, 2)
     if array.ndim != 3 or array.shape[2] != channels:
-        raise BadImage(f"is an array of shape {shape}, not [h, w, {channels}] or [{channels}, h, w]")
+        reason = f"is an array of shape {shape}, not [h, w, {channels}] or [{channels}, h, w]"
+        if array.ndim not in (2, 3) or not array.size:
+            raise BadImage(reason)
+        raise OtherChannels(f"{reason} (give channels {min(shape[0], shape[2]) if array.ndim == 3 else 1}?)")
     if array.dtype.kind not in "buif":
         raise BadImage(f"is an array of {array.dtype}, not of real numbers")
     height, width, _ = array.shape

@@ -17,7 +17,16 @@ from PIL import Image, ImageCms
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
-from mirl.data.decode import BadImage, image_to_tensor, is_array, only_bad_image, open_image, read_image, turn_of
+from mirl.data.decode import (
+    BadImage,
+    OtherChannels,
+    image_to_tensor,
+    is_array,
+    only_bad_image,
+    open_image,
+    read_image,
+    turn_of,
+)
 from mirl.data.pictures import QUARTERS
 from mirl.errors import UserError
 from mirl.models.patches import Size
@@ -27,7 +36,7 @@ UNREAD = ("cannot be read", "is missing", "needs too much memory", "took more th
 SAME_FORMAT = {"MPO": "JPEG", "DIB": "BMP"}  # files of the first kind have the second's suffix, and are none the worse
 SRGB = ("srgb", "c2")  # in names of profiles that are sRGB; c2 is a very small one
 SMALLER = 8  # times: how much smaller a JPEG is decoded
-LOOKED_AT = 32  # pixels along a side that tell that an image is neither grey nor of one colour
+SPARSE = 32  # pixels along a side, which tell of most images that they are neither grey nor of one colour
 DIGEST = 8  # bytes
 
 
@@ -36,6 +45,7 @@ class Trait(IntFlag):
 
     BROKEN = auto()  # no image comes out of its bytes
     UNREAD = auto()  # its bytes could not be had
+    CHANNELS = auto()  # of another number of them than was asked for, as arrays may be
     GREY = auto()
     CONSTANT = auto()  # all pixels have one colour
     ALPHA = auto()  # some pixels are not opaque
@@ -74,6 +84,8 @@ def inspect(path: str, channels: int = 3) -> Inspection:
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST)).digest()
                 size = file.tell()
+    except OtherChannels as error:
+        return Inspection(Trait.CHANNELS, error.reason)
     except BadImage as error:
         return lost(error.reason)
     except UserError as error:  # too many reads hang
@@ -112,9 +124,9 @@ def _image(path: str, channels: int) -> Inspection:
             Trait.DEEP: deep,
             Trait.COLOURS: mode in ("CMYK", "YCbCr", "LAB", "HSV"),
             Trait.PROFILE: bool(profile) and not any(name in profile.lower() for name in SRGB),
-            Trait.FRAMES: hasattr(image, "n_frames") and _has_frames(path, channels),
             Trait.SUFFIX: not _suffix_fits(path, format_),
             Trait.TURNED: turn is not None,
+            Trait.FRAMES: _has_frames(image),  # the last: where they are damaged, nothing more can be asked
         }
     for trait, there in known.items():
         traits |= trait if there else Trait(0)
@@ -124,7 +136,7 @@ def _image(path: str, channels: int) -> Inspection:
 
 def _traits_of(pixels: Tensor) -> Trait:
     """Tell an image [c, h, w] of one colour, and one whose three channels are the same; a few pixels rule most out."""
-    few = pixels[:, :: max(1, pixels.shape[1] // LOOKED_AT), :: max(1, pixels.shape[2] // LOOKED_AT)]
+    few = pixels[:, :: max(1, pixels.shape[1] // SPARSE), :: max(1, pixels.shape[2] // SPARSE)]
     if _has_one_colour(few) and _has_one_colour(pixels):
         return Trait.CONSTANT
     return Trait.GREY if len(pixels) in (3, 4) and _is_grey(few) and _is_grey(pixels) else Trait(0)
@@ -146,12 +158,11 @@ def _is_transparent(image: Image.Image) -> bool:
     return any(plain.convert("RGBA").getchannel("A").histogram()[:255])
 
 
-def _has_frames(path: str, channels: int) -> bool:
-    """Tell whether there are several frames; in another reading, because damage may be behind the first."""
+def _has_frames(image: Image.Image) -> bool:
+    """Tell whether there are several frames, for which many formats read them all."""
     try:
-        with open_image(path, channels) as image:
-            return getattr(image, "n_frames", 1) > 1
-    except Exception:  # the first frame, which training reads, is good
+        return getattr(image, "n_frames", 1) > 1
+    except Exception:  # damage behind the first frame, which is good and all that training reads
         return False
 
 

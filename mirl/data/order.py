@@ -56,7 +56,7 @@ def ends_of(source: object) -> np.ndarray | None:
     return ends
 
 
-def apart(ends: np.ndarray, count: int) -> np.ndarray:
+def held_out_candidates(ends: np.ndarray, count: int) -> np.ndarray:
     """Return indices to hold out `count` of: all, or those of a few shards, since whoever evaluates fetches them.
 
     Args:
@@ -72,7 +72,7 @@ def apart(ends: np.ndarray, count: int) -> np.ndarray:
     return np.sort(np.concatenate(chosen))
 
 
-def looked_at(source: Sized, count: int) -> np.ndarray:
+def sampled_indices(source: Sized, count: int) -> np.ndarray:
     """Return indices of up to `count` images from all over a source, or from the first shards that have some."""
     ends = ends_of(source)
     last = len(source) if ends is None else int(np.unique(ends[ends > 0])[:SAMPLED_SHARDS][-1])

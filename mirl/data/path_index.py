@@ -66,7 +66,7 @@ def cache_folder() -> Path:
 def _save(file: Path, found: Found) -> None:
     """Write an index whole or not at all; where that cannot be, the next start searches again."""
     letters, ends = found.paths.arrays()
-    folder_letters, folder_ends = found.looked_at.arrays()
+    folder_letters, folder_ends = found.listed.arrays()
     arrays: dict[str, NDArray[Any]] = {
         "ends": ends, "marks": np.frombuffer(found.marks, np.int64), "folder_ends": folder_ends, "letters": letters,
         "folder_letters": folder_letters,
@@ -92,15 +92,15 @@ def _load(file: Path, place: str) -> Found | None:
         ignored = int(about["ignored"])
         if _checksum(arrays, ignored) != int(about["checksum"]):
             return None
-        marks, looked_at = arrays["marks"], PackedStrings.of(arrays["folder_letters"], arrays["folder_ends"])
+        marks, listed = arrays["marks"], PackedStrings.of(arrays["folder_letters"], arrays["folder_ends"])
         for index, known in enumerate(marks.reshape(-1, 3).tolist()):
-            path = os.path.join(place, looked_at[index]) if looked_at[index] else place
+            path = os.path.join(place, listed[index]) if listed[index] else place
             if mark(os.stat(path)) != tuple(known):
                 return None
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError):
         return None
     paths = PackedStrings.of(arrays["letters"], arrays["ends"])
-    return Found(paths, ignored, [], looked_at, array("q", marks.tobytes()), remembered=True)
+    return Found(paths, ignored, [], listed, array("q", marks.tobytes()), remembered=True)
 
 
 def _mapped(file: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:

@@ -6,7 +6,9 @@ keeps for too long is killed. Either way the file is named, and another process 
 
 import contextlib
 import multiprocessing
+import os
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -18,19 +20,19 @@ import torch
 
 from mirl.errors import UserError
 
-AT_ONCE = 32  # files that a process is given
+AT_ONCE = 32  # members that a process is given, so that it need not wait for more after each
 HOPELESS = 100  # processes in a row that died before they could answer
-TICK = 0.5  # seconds between looks at how long files take
+TICK = 0.5  # seconds between looks at how long members take
 
 Result = TypeVar("Result")
 
 
 class Lost(str):
-    """Why a file has no result; follows its name, as in "took more than 60 s"."""
+    """Why a member has no result; follows its name, as in "took more than 60 s"."""
 
 
 def scan(
-    task: Callable[[int], Result], members: np.ndarray, *, processes: int, timeout: float
+    task: Callable[[int], Result], members: np.ndarray, *, processes: int, timeout: float, at_once: int = AT_ONCE
 ) -> Iterator[tuple[int, Result | Lost]]:
     """Yield each of `members` once, with what `task` returns for it or why it was lost, in the order of completion.
 
@@ -38,13 +40,15 @@ def scan(
         task: called in other processes; must not raise.
         members: integers, usually indices of files.
         timeout: seconds that a member may take.
+        at_once: members that a process is given.
 
     Raises:
         UserError: if processes cannot be started, or die again and again.
     """
-    fresh = (members[start : start + AT_ONCE].tolist() for start in range(0, len(members), AT_ONCE))
+    fresh = (members[start : start + at_once].tolist() for start in range(0, len(members), at_once))
     again: deque[list[int]] = deque()
-    readers = [_Reader(task) for _ in range(max(1, min(processes, -(-len(members) // AT_ONCE))))]
+    killed: set[int] = set()
+    readers = [_Reader(task) for _ in range(max(1, min(processes, -(-len(members) // at_once))))]
     deaths = 0
     try:
         while True:
@@ -54,15 +58,16 @@ def scan(
             busy = [reader for reader in readers if reader.share]
             if not busy:
                 return
-            ready = wait([reader.connection for reader in busy], TICK)
+            wait([reader.connection for reader in busy], TICK)
             for reader in busy:
-                if reader.connection in ready and (results := reader.results()) is not None:
-                    yield from zip(reader.share, results, strict=True)
-                    reader.share, deaths = [], 0
-                elif reader.connection in ready or reader.seconds > timeout:
-                    yield from _mourn(reader, again, timeout)
+                alive = reader.process.is_alive()  # asked first: what it said before it died is read below
+                if results := reader.results():
+                    yield from results
+                    deaths = 0
+                elif not alive or reader.seconds > timeout:
+                    yield from _mourn(reader, again, killed, timeout)
                     readers[readers.index(reader)] = _Reader(task)
-                    deaths += 1
+                    deaths += not alive
             if deaths > HOPELESS:
                 raise UserError(
                     f"{deaths} processes that read images died in a row, probably for want of memory; "
@@ -73,19 +78,25 @@ def scan(
             reader.end()
 
 
-def _mourn(reader: "_Reader[Result]", again: deque[list[int]], timeout: float) -> Iterator[tuple[int, Lost]]:
-    """Name what a process died of, or is killed for, and put back what it leaves."""
-    killed_here = reader.process.is_alive()
+def _mourn(
+    reader: "_Reader[Result]", again: deque[list[int]], killed: set[int], timeout: float
+) -> Iterator[tuple[int, Lost]]:
+    """Name what keeps a process too long, which ends it, or what one died of the second time; put back what it leaves.
+
+    Args:
+        killed: members at which a process died before; this one's is added.
+    """
+    suspect, *rest = reader.share
+    late, code = reader.process.is_alive(), reader.process.exitcode or 0
     reader.end()
-    suspect, rest = reader.member, [member for member in reader.share if member != reader.member]
-    if killed_here and reader.seconds > timeout:
+    if late:
         yield suspect, Lost(f"took more than {timeout:g} s")
-    elif rest or killed_here:  # it may have been another's memory, or it was done just then
-        again.append([suspect])
-    else:
-        code = reader.process.exitcode or 0
+    elif suspect in killed:
         by = f"by signal {-code}, out of memory?" if code == -signal.SIGKILL else f"with code {code}"
         yield suspect, Lost(f"ended the process that read it ({by})")
+    else:  # it may have been another's memory
+        killed.add(suspect)
+        again.append([suspect])
     if rest:
         again.append(rest)
 
@@ -94,16 +105,15 @@ class _Reader(Generic[Result]):
     """A process and its share of the members.
 
     Attributes:
-        share: what it was given to do, and has not answered yet.
+        share: what it was given to do, in order, and has not answered yet.
     """
 
     def __init__(self, task: Callable[[int], Result]) -> None:
-        self.share: list[int] = []
+        self.share: deque[int] = deque()
+        self._since = time.monotonic()
         context = multiprocessing.get_context()
         self.connection, theirs = context.Pipe()
-        # Since when (monotonic seconds), and which member: shared, so that it outlives the process.
-        self._current = multiprocessing.RawArray("d", 2)
-        self.process = context.Process(target=_read, args=(task, theirs, self.connection, self._current), daemon=True)
+        self.process = context.Process(target=_read, args=(task, theirs), daemon=True)
         try:
             self.process.start()
         except OSError as error:
@@ -111,28 +121,25 @@ class _Reader(Generic[Result]):
         theirs.close()
 
     @property
-    def member(self) -> int:
-        return int(self._current[1])
-
-    @property
     def seconds(self) -> float:
-        """How long it has been at this member."""
-        return time.monotonic() - self._current[0]
+        """How long it has been at the first of its share."""
+        return time.monotonic() - self._since
 
     def begin(self, share: list[int]) -> None:
-        self.share = share
+        self.share, self._since = deque(share), time.monotonic()
         if share:
-            self._current[:] = [time.monotonic(), share[0]]
             with contextlib.suppress(OSError):  # it is dead, as the next look will find
                 self.connection.send(share)
 
-    def results(self) -> list[Result] | None:
-        """Return what it has to say; None if it died."""
-        try:
-            return self.connection.recv()
-        except (EOFError, OSError):
-            self.process.join(TICK)
-            return None
+    def results(self) -> list[tuple[int, Result]]:
+        """Return members that are done, with their results; they are no more of its share."""
+        found: list[tuple[int, Result]] = []
+        with contextlib.suppress(EOFError, OSError):  # it is dead
+            while self.connection.poll():
+                result = self.connection.recv()
+                found.append((self.share.popleft(), result))
+                self._since = time.monotonic()
+        return found
 
     def end(self) -> None:
         self.process.kill()
@@ -140,17 +147,19 @@ class _Reader(Generic[Result]):
         self.connection.close()
 
 
-def _read(task: Callable[[int], Any], connection: Connection, parents: Connection, current: Any) -> None:
-    parents.close()  # or this process would wait for ever when the parent is killed
+def _read(task: Callable[[int], Any], connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     torch.set_num_threads(1)
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("500")  # where memory is short, the kernel should end this process and not its parent
     with contextlib.suppress(EOFError, OSError):  # the parent is gone
         while True:
-            results = []
             for member in connection.recv():
-                current[:] = [time.monotonic(), member]
-                results.append(task(member))
-            connection.send(results)
+                connection.send(task(member))
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)

@@ -1,4 +1,4 @@
-"""Where the images of a folder or a list file are, and what was looked at to find them."""
+"""Where the images of a folder or a list file are, and which folders were listed to find them."""
 
 import os
 from array import array
@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from mirl.data.packed import PackedStrings
 
 RUN = {"config.yaml", "log.txt", "metrics.jsonl"}  # what a run folder holds
+REPORT = ("doctor.json", "sizes.png")  # what `mirl doctor` writes
+OURS = RUN.union(REPORT)
 
 
 @dataclass
@@ -18,8 +20,8 @@ class Found:
         paths: relative to the folder, or as the list has them.
         ignored: number of files left out because their suffix is not an image's.
         unreadable: folders that could not be listed.
-        looked_at: the folders that were listed, relative to the first, or "" for a list file.
-        marks: three numbers for each of `looked_at`, which change when it does.
+        listed: the folders read, relative to the first, or "" for a list file.
+        marks: three numbers for each of `listed`, which change when it does.
         dangling: whether a link leads nowhere; when there is a folder behind it, no mark changes.
         remembered: whether an earlier search is the source.
     """
@@ -27,7 +29,7 @@ class Found:
     paths: PackedStrings = field(default_factory=PackedStrings)
     ignored: int = 0
     unreadable: list[str] = field(default_factory=list)
-    looked_at: PackedStrings = field(default_factory=PackedStrings)
+    listed: PackedStrings = field(default_factory=PackedStrings)
     marks: "array[int]" = field(default_factory=lambda: array("q"))
     dangling: bool = False
     remembered: bool = False
@@ -59,33 +61,35 @@ def walk(folder: str, suffixes: Collection[str]) -> Found:
         except OSError:
             found.unreadable.append(path)
             continue
-        found.looked_at.append(relative)
+        found.listed.append(relative)
         found.marks.extend(mark(info))
         waiting += entries
     return found
 
 
 def _entries(path: str, relative: str, suffixes: Collection[str], found: Found) -> list[str]:
-    """Return a folder's images and folders, the last first, and count its other files; nothing of a run's."""
-    wanted, ignored, dangling, of_run = [], 0, False, set()
-    with os.scandir(path) as entries:
-        for entry in entries:
-            name = entry.name
-            if name in RUN:
-                of_run.add(name)
-            if name.startswith(".") or name == "__MACOSX":
-                continue
-            if _is_folder(entry):
-                wanted.append(f"{relative}{name}/")
-            elif suffix(name) in suffixes:
-                wanted.append(relative + name)
-            else:
-                ignored += 1
-                dangling = dangling or (entry.is_symlink() and not os.path.exists(entry.path))
-    if of_run == RUN:
-        return []  # a run inside the data: its pictures are not images to train on
-    found.ignored += ignored
-    found.dangling |= dangling
+    """Return a folder's images and folders, the last first, and count its other files.
+
+    What this project writes is no data: a run, with its pictures, and what `mirl doctor` found.
+    """
+    with os.scandir(path) as scanned:
+        entries = list(scanned)
+    ours = OURS.intersection(entry.name for entry in entries)
+    if ours >= RUN:
+        return []
+    not_data = {"__MACOSX"}.union(REPORT if ours.issuperset(REPORT) else ())
+    wanted = []
+    for entry in entries:
+        name = entry.name
+        if name.startswith(".") or name in not_data:
+            continue
+        if _is_folder(entry):
+            wanted.append(f"{relative}{name}/")
+        elif suffix(name) in suffixes:
+            wanted.append(relative + name)
+        else:
+            found.ignored += 1
+            found.dangling = found.dangling or (entry.is_symlink() and not os.path.exists(entry.path))
     return sorted(wanted, reverse=True)
 
 
@@ -93,7 +97,7 @@ def read_list(path: str) -> Found:
     """Read the paths in a list file: one a line; blank lines and those that start with # are skipped."""
     found = Found()
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
-        found.looked_at.append("")
+        found.listed.append("")
         found.marks.extend(mark(os.fstat(lines.fileno())))
         for line in map(str.strip, lines):
             if line and not line.startswith("#"):

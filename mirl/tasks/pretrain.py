@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mirl.data.decode import BadImage
 from mirl.data.labels import LabelledSource, is_one_folder, open_split
 from mirl.data.loading import MaskedBatch, MaskedImages, spread
-from mirl.data.order import apart, ends_of, looked_at
+from mirl.data.order import ends_of, held_out_candidates, sampled_indices
 from mirl.data.sources import Source, open_source
 from mirl.data.transforms import fixed_view, normalise, training_view
 from mirl.errors import UserError, plural
@@ -317,7 +317,7 @@ def split_off_held_out(count: int, ends: np.ndarray | None = None) -> tuple[np.n
     if count < 2:
         raise UserError(f"{count} image is too few: one is held out for evaluation; give at least 2")
     held_out = min(HELD_OUT_MOST, max(1, round(HELD_OUT_SHARE * count)))
-    order = np.random.default_rng(0).permutation(count if ends is None else apart(ends, held_out))
+    order = np.random.default_rng(0).permutation(count if ends is None else held_out_candidates(ends, held_out))
     chosen = np.sort(order[:held_out])
     return np.delete(np.arange(count), chosen), chosen
 
@@ -325,7 +325,7 @@ def split_off_held_out(count: int, ends: np.ndarray | None = None) -> tuple[np.n
 def typical_side(source: Source) -> float:
     """Return the median shorter side, in pixels, of a sample of the images."""
     sides, bad = [], None
-    for index in looked_at(source, SAMPLED):
+    for index in sampled_indices(source, SAMPLED):
         try:
             sides.append(min(source.read(int(index)).shape[-2:]))
         except BadImage as error:

@@ -6,21 +6,19 @@ In OUT: 000000.tar ...  index.safetensors (where each image is)  shard.json (how
 import csv
 import hashlib
 import json
-import multiprocessing
+import math
 import os
 import re
-import signal
-import threading
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Generator
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mirl.data.scanning import Lost, scan
 from mirl.data.shards.names import INDEX
 from mirl.data.shards.opening import kind
 from mirl.data.shards.tar_index import Index
@@ -151,64 +149,37 @@ def _write_shards(plan: Plan, workers: int) -> None:
     if done:
         console.print(f"{plan.shards - len(left)} of {plan.shards} shards are written already; going on", markup=False)
     columns = (TextColumn("writing shards"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with (
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+        closing(_writing(plan, left, workers)) as finished,
+    ):
         bar = progress.add_task("", total=len(plan.order), completed=done)
-        if workers == 0:
-            for number in left:
-                write_shard(plan, number, lambda: progress.advance(bar))
-            return
-        count = multiprocessing.Value("q", done)
-        with _pool(plan, count, min(workers, len(left)) or 1) as pool:
-            waiting: set[Future[None]] = {pool.submit(_write_one, number) for number in left}
-            while waiting:
-                finished, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    future.result()
-                progress.update(bar, completed=count.value)
+        for number, problem in finished:
+            if isinstance(problem, Lost):
+                raise UserError(
+                    "a process that wrote a shard was killed, probably for want of memory; start again with fewer "
+                    "--workers, it goes on"
+                )
+            if problem:
+                raise problem
+            progress.advance(bar, len(plan.part(number)))
 
 
-@contextmanager
-def _pool(plan: Plan, count: Any, workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Yield processes that write shards; they end with the block, however it ends."""
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, initializer=_begin, initargs=(plan, count))
+def _writing(plan: Plan, left: list[int], workers: int) -> Generator[tuple[int, Exception | Lost | None], None, None]:
+    """Yield the number of each shard when it is written, or with why it is not."""
+    write = partial(_write_one, plan)
+    if workers:
+        yield from scan(write, np.array(left), processes=workers, timeout=math.inf, at_once=1)
+    else:
+        yield from ((number, write(number)) for number in left)
+
+
+def _write_one(plan: Plan, number: int) -> Exception | None:
     try:
-        yield pool
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a process that wrote a shard was killed, probably for want of memory; start again with fewer --workers, "
-            "it goes on"
-        ) from error
-    finally:
-        for process in set(multiprocessing.active_children()) - others:
-            process.terminate()
-        pool.shutdown(cancel_futures=True)
-
-
-_plan: Plan
-_count: Any
-
-
-def _begin(plan: Plan, count: Any) -> None:
-    """Prepare a process: it leaves Ctrl-C to its parent, and ends with it."""
-    global _plan, _count
-    _plan, _count = plan, count
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
-
-
-def _end_with(parent: Any) -> None:
-    parent.join()
-    os._exit(1)
-
-
-def _write_one(number: int) -> None:
-    write_shard(_plan, number, _wrote)
-
-
-def _wrote() -> None:
-    with _count.get_lock():
-        _count.value += 1
+        write_shard(plan, number)
+    except Exception as error:  # another process raises it
+        return error
+    return None
 
 
 def _finish(plan: Plan, made_by: dict[str, Any]) -> None:

@@ -53,6 +53,7 @@ def fill(folder):
     picture().convert("CMYK").save(folder / "cmyk.jpg")
     picture().save(folder / "misnamed.jpg", "PNG")
     Image.new("RGB", (120, 100), "red").save(folder / "red.png")
+    np.save(folder / "four.npy", np.zeros((40, 40, 4)))
     (folder / "notes.txt").touch()
     return folder
 
@@ -77,8 +78,8 @@ def named(report):
 def test_each_file_is_named_under_its_kind_and_no_good_one(zoo):
     data, report, out = zoo
     assert named(out) == {
-        "broken": BROKEN, "unread": {"dangling.jpg"}, "too small": {"tiny.png"}, "small": {"small.png"},
-        "duplicate": {"copy.jpg"},  # "class/good 0.jpg" comes before it
+        "broken": BROKEN, "unread": {"dangling.jpg"}, "channels": {"four.npy"}, "too small": {"tiny.png"},
+        "small": {"small.png"}, "duplicate": {"copy.jpg"},  # "class/good 0.jpg" comes before it
         "constant": {"red.png"}, "grey": {"grey.png"}, "colour space": {"cmyk.jpg"}, "suffix": {"misnamed.jpg"},
         "elongated": {"long.jpg"},
     }  # fmt: skip
@@ -86,8 +87,8 @@ def test_each_file_is_named_under_its_kind_and_no_good_one(zoo):
     assert details[f"{data}/copy.jpg"] == f"same as {data}/class/good 0.jpg"
     assert details[f"{data}/tiny.png"] == "9x10 px"
     figures = report.figures()
-    assert (figures["files"], figures["other_files"]) == (len(BROKEN) + GOOD + 9, 1)
-    assert figures["usable"] == figures["files"] - len(BROKEN) - 1
+    assert (figures["files"], figures["other_files"]) == (len(BROKEN) + GOOD + 10, 1)
+    assert figures["usable"] == figures["files"] - len(BROKEN) - 2
 
 
 def test_the_suggestion_is_what_pre_training_chooses(zoo):
@@ -102,7 +103,7 @@ def test_the_suggestion_is_what_pre_training_chooses(zoo):
     for name in ("model", "image_size", "patch_size", "batch_size", "epochs"):
         expected = getattr(chosen, name)
         assert content["suggestion"][name] == (list(expected) if isinstance(expected, tuple) else expected)
-    unusable = (len(BROKEN) + 2) / len(source)  # and the link, and what is smaller than a patch
+    unusable = (len(BROKEN) + 3) / len(source)  # and the link, the array, and what is smaller than a patch
     assert 2 * unusable <= content["suggestion"]["max_bad"] < 2 * unusable + 0.01
     flags = shlex.split(content["command"])
     assert flags[:2] == ["mirl", "pretrain"] and f"--image_size {chosen.image_size[0]}" in content["command"]
@@ -139,6 +140,15 @@ def test_the_same_folder_gives_the_same_report(zoo, tmp_path):
     assert first == second
 
 
+def test_the_current_folder_can_be_looked_at_again_and_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i in range(4):
+        picture(seed=i).save(f"{i}.jpg")
+    first, second = (mirl.doctor(".", workers=1, gpus=0).figures() for _ in range(2))
+    assert first == second and (first["files"], first["other_files"]) == (4, 0)
+    assert sorted(path.name for path in (tmp_path / "runs" / "data_doctor").iterdir()) == ["doctor.json", "sizes.png"]
+
+
 def test_broken_files_alone_are_moved_and_can_be_moved_back(tmp_path, capsys):
     data, bad = fill(tmp_path / "zoo"), tmp_path / "bad"
     (bad / "class").mkdir(parents=True)
@@ -155,7 +165,9 @@ def test_broken_files_alone_are_moved_and_can_be_moved_back(tmp_path, capsys):
     remaining = len(open_source(str(data)))
     assert report.suggestion is not None
     assert report.suggestion.training == len(split_off_held_out(remaining)[0])
-    assert content["suggestion"]["max_bad"] == pytest.approx(3 / remaining * 2, abs=0.01)  # damaged, tiny, the link
+    assert content["suggestion"]["max_bad"] == pytest.approx(
+        4 / remaining * 2, abs=0.01
+    )  # damaged, tiny, four, the link
 
     subprocess.run(["sh", str(bad / "moved.txt")], check=True)
     assert sorted(path.relative_to(data) for path in data.rglob("*")) == before
@@ -163,7 +175,7 @@ def test_broken_files_alone_are_moved_and_can_be_moved_back(tmp_path, capsys):
 
 def test_a_sample_says_that_it_is_one(zoo, tmp_path, capsys):
     report = mirl.doctor(str(zoo[0]), out=str(tmp_path), sample=10, workers=1)
-    assert report.figures()["looked_at"] == 10
+    assert report.figures()["inspected"] == 10
     assert "10 of them looked at, so figures are estimates" in capsys.readouterr().out
     assert json.loads((tmp_path / "doctor.json").read_text())["sampled"] is True
 
@@ -198,7 +210,7 @@ def test_a_folder_without_one_good_image_is_reported(tmp_path, capsys):
     "options, said",
     [
         ({"data": "shapes"}, "shapes is not a folder of image files"),
-        ({"out": "DATA/out"}, "is inside DATA and would be taken for data"),
+        ({"data": "DATA/*.jpg", "out": "DATA"}, "--out DATA holds another sizes.png, which would be lost"),
         ({"move_bad": "DATA/bad"}, "is inside DATA and would be taken for data"),
         ({"move_bad": "DATA/.."}, "is around DATA; give a folder beside it"),
         ({"data": "DATA/*.jpg", "move_bad": "bad"}, "--move_bad needs a folder of images"),
@@ -210,12 +222,13 @@ def test_mistakes_are_said_before_anything_is_read(tmp_path, options, said):
     data = tmp_path / "data"
     data.mkdir()
     picture().save(data / "a.jpg")
+    picture().save(data / "sizes.png")
     given = {"data": "DATA", "out": str(tmp_path / "out")} | options
     given = {key: value.replace("DATA", str(data)) if isinstance(value, str) else value for key, value in given.items()}
     with pytest.raises(mirl.UserError) as caught:
         mirl.doctor(**given)
     assert said.replace("DATA", str(data)) in str(caught.value)
-    assert sorted(tmp_path.rglob("*")) == [data, data / "a.jpg"]
+    assert sorted(tmp_path.rglob("*")) == [data, data / "a.jpg", data / "sizes.png"]
 
 
 def test_advice_is_given_where_it_helps(tmp_path, capsys):

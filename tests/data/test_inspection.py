@@ -17,6 +17,8 @@ from mirl.data.scanning import Lost, scan
 from mirl.data.transforms import training_view
 from mirl.errors import UserError
 
+TRIALS = 30  # of damage
+
 
 def picture(mode="RGB", size=(70, 50), seed=0):
     pixels = np.random.default_rng(seed).integers(0, 256, (7, 5, 3)).astype(np.uint8)
@@ -74,11 +76,17 @@ def test_an_array_is_known_by_its_numbers(tmp_path):
     assert (found.traits, found.size, found.format, found.mode) == (Trait.DEEP, (20, 30), "NPY", "float64")
 
 
-def test_damage_behind_the_first_frame_is_none(tmp_path):
-    path = tmp_path / "moving.gif"
-    picture().save(path, save_all=True, append_images=[picture(seed=1), picture(seed=2)])
-    path.write_bytes(path.read_bytes()[:-300])
-    assert not inspect(str(path)).reason
+@pytest.mark.parametrize("shape", [(20, 30), (20, 30, 4), (4, 20, 30)])
+def test_an_array_of_other_channels_is_not_called_broken(tmp_path, shape):
+    path = tmp_path / "x.npy"
+    np.save(path, np.zeros(shape))
+    found = inspect(str(path))
+    assert found.traits == Trait.CHANNELS
+    fits = 1 if len(shape) == 2 else 4
+    assert found.reason == f"is an array of shape {list(shape)}, not [h, w, 3] or [3, h, w] (give channels {fits}?)"
+    assert not inspect(str(path), channels=fits).reason
+    np.save(path, np.zeros(20))
+    assert inspect(str(path)).traits == Trait.BROKEN
 
 
 def test_what_could_not_be_read_is_not_called_broken(tmp_path):
@@ -90,13 +98,16 @@ def test_what_could_not_be_read_is_not_called_broken(tmp_path):
     assert loop.traits == Trait.UNREAD and loop.reason.startswith("cannot be read")
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "tif", "bmp"])
-def test_what_training_cannot_use_is_broken_and_nothing_else(tmp_path, suffix):
+@pytest.mark.parametrize(
+    "suffix, frames", [(s, 1) for s in ("jpg", "png", "gif", "webp", "tif", "bmp")] + [("gif", 3), ("tif", 3)]
+)
+def test_what_training_cannot_use_is_broken_and_nothing_else(tmp_path, suffix, frames):
     path, random = tmp_path / f"x.{suffix}", np.random.default_rng(0)
     view = training_view((16, 16), 0.2, flip=True)
-    picture(size=(100, 80)).save(path)
+    more = [picture(size=(100, 80), seed=seed) for seed in range(1, frames)]
+    picture(size=(100, 80)).save(path, **{"save_all": True, "append_images": more} if more else {})
     whole, broken = path.read_bytes(), 0
-    for _ in range(30):
+    for _ in range(TRIALS):
         content = bytearray(whole[: random.integers(len(whole) // 2, 2 * len(whole))])
         for place in random.integers(0, len(content), random.integers(0, 4)):
             content[place] ^= int(random.integers(1, 256))
@@ -108,7 +119,7 @@ def test_what_training_cannot_use_is_broken_and_nothing_else(tmp_path, suffix):
             trained_on = False
         broken += not trained_on
         assert bool(inspect(str(path)).traits & Trait.BROKEN) != trained_on
-    assert 0 < broken < 30
+    assert (broken or frames > 1) and broken < TRIALS
 
 
 KILLS, HANGS = {40, 41}, {70}
@@ -140,7 +151,24 @@ def test_a_process_that_is_killed_by_chance_costs_no_file(tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
         return member
 
-    assert sorted(scan(once, np.arange(64), processes=1, timeout=60)) == [(n, n) for n in range(64)]
+    for members in (np.arange(64), np.array([50])):
+        (tmp_path / "killed").unlink(missing_ok=True)
+        assert sorted(scan(once, members, processes=1, timeout=60)) == [(n, n) for n in members]
+
+
+def test_slow_files_are_no_deaths_and_make_no_other_be_read_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(scanning, "HOPELESS", 1)
+    monkeypatch.setattr(scanning, "TICK", 0.05)
+
+    def slow(member):
+        with open(tmp_path / "begun", "a") as file:
+            file.write(f"{member}\n")
+        time.sleep(60 if member in (20, 21) else 0)
+        return member
+
+    found = dict(scan(slow, np.arange(32), processes=1, timeout=1.0))
+    assert sorted(member for member, result in found.items() if isinstance(result, Lost)) == [20, 21]
+    assert sorted(map(int, (tmp_path / "begun").read_text().split())) == list(range(32))
 
 
 def test_the_processes_end_when_their_parent_is_killed(tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mirl.data.loading import StepSampler, epoch_order
-from mirl.data.order import HELD_OUT_SHARDS, WINDOW, ShardOrder, apart, looked_at
+from mirl.data.order import HELD_OUT_SHARDS, WINDOW, ShardOrder, held_out_candidates, sampled_indices
 from mirl.tasks.pretrain import split_off_held_out
 
 SIZES = np.random.default_rng(0).integers(20, 60, 5 * WINDOW)
@@ -77,20 +77,20 @@ def test_of_many_shards_a_few_are_held_out_of():
     few = ENDS[:10]
     for found, expected in zip(split_off_held_out(few[-1], few), split_off_held_out(few[-1]), strict=True):
         assert np.array_equal(found, expected)
-    assert len(apart(ENDS, COUNT)) == COUNT
+    assert len(held_out_candidates(ENDS, COUNT)) == COUNT
 
 
-def test_what_is_looked_at_is_in_the_first_shards():
+def test_a_sample_is_of_the_first_shards():
     class Source:
         ends = ENDS
 
         def __len__(self):
             return COUNT
 
-    assert looked_at(Source(), 64)[-1] < ENDS[3]
-    assert looked_at(range(COUNT), 64)[-1] == COUNT - 1
+    assert sampled_indices(Source(), 64)[-1] < ENDS[3]
+    assert sampled_indices(range(COUNT), 64)[-1] == COUNT - 1
     Source.ends = np.array([0, 0, 0, 0, 5, 5, 9])  # the first are missing
-    assert looked_at(Source(), 64).tolist() == list(range(9))
+    assert sampled_indices(Source(), 64).tolist() == list(range(9))
 
 
 def test_empty_shards_are_passed_over():

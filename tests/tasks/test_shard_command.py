@@ -127,21 +127,26 @@ def slow_down():
     writing.shard_image = slowly
 
 
-def test_a_worker_that_is_killed_is_said_in_one_line(photos, monkeypatch):
-    made = writing.shard_image
-    photo = open_source("photos")
+def test_a_shard_whose_worker_is_killed_is_tried_again_once(photos, tmp_path, monkeypatch):
+    made, photo = writing.shard_image, open_source("photos")
+    (tmp_path / "deaths").mkdir()
 
     def kill_at_the_third(source, index, *rest):
-        if multiprocessing.parent_process() and photo.name_of(index).endswith("03.jpg"):
+        third = multiprocessing.parent_process() and photo.name_of(index).endswith("03.jpg")
+        if third and len(os.listdir("deaths")) < deaths:
+            (tmp_path / "deaths" / str(os.getpid())).touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return made(source, index, *rest)
 
     with monkeypatch.context() as patched:
         patched.setattr(writing, "shard_image", kill_at_the_third)
+        deaths = 2
         with pytest.raises(UserError, match=r"was killed, probably for want of memory; start again .* it goes on"):
             mirl.shard("photos", "out", shard_mib=0.05, workers=1)
-    assert multiprocessing.active_children() == []
-    assert len(members(mirl.shard("photos", "out", shard_mib=0.05, workers=0))) == 60
+        assert multiprocessing.active_children() == []
+        deaths = 3
+        mirl.shard("photos", "out", shard_mib=0.05, workers=1)
+    assert len(os.listdir("deaths")) == 3 and len(members(tmp_path / "out")) == 60
 
 
 def test_resized_images_are_smaller_and_upright(photos, tmp_path):
