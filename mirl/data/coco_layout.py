@@ -7,7 +7,7 @@
 | Roboflow       | `train/_annotations.coco.json`           | `train/`                             |
 | one file       | `annotations/NAME.json` or `NAME.json`   | `images/` or the folder itself       |
 
-A split is told by the word train, val, valid, validation or test in the file's name, else in its folder's.
+A split is told by the word train, training, val, valid, validation or test in the file's name, else in its folder's.
 """
 
 import os
@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mirl.data.labels import TEST, TRAIN
+from mirl.data.opening import TEST, TRAIN
 from mirl.errors import UserError
 
 WHOLE = "whole"  # the split of a file whose name tells none
@@ -96,7 +96,8 @@ def _json_files(folder: Path) -> list[Path]:
 def _split_of(file: Path, root: Path) -> str:
     inside = file.relative_to(root)
     words = SPLIT_WORD.findall(inside.stem) or SPLIT_WORD.findall(inside.parent.name)
-    return words[0].lower() if words else WHOLE
+    word = words[0].lower() if words else WHOLE
+    return "train" if word in TRAIN else word
 
 
 def _image_folders(file: Path, root: Path) -> Iterator[Path]:

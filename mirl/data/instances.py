@@ -6,7 +6,6 @@ torchvision. Symbols: n instances, c channels, h and w image height and width.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -14,11 +13,13 @@ import torch
 from torch import Tensor
 
 from mirl.data.loading import Views
+from mirl.data.opening import folder_in, shapes_in, split_shapes
 from mirl.data.padding import PaddedBatch
 from mirl.data.run_lengths import encode_mask
 from mirl.data.shapes import CLASSES, Shapes
-from mirl.data.sources import Source, not_there, open_source
-from mirl.errors import UserError
+from mirl.data.sources import Source
+
+HOLDS = "COCO annotations and images"
 
 
 @dataclass(frozen=True)
@@ -154,14 +155,11 @@ def open_instances(
     Raises:
         UserError: if there is nothing like that, or nothing to learn from in it.
     """
-    if data.partition(":")[0] == "shapes":
-        if val_fraction is not None:
-            raise UserError("shapes have a held-out split already; leave out --val_fraction")
-        train = _shapes(data, channels)
-        return _whole(train), _whole(Shapes(max(len(CLASSES), train.count // 4), size=train.size, split="val"))
+    if shapes := split_shapes(data, channels, val_fraction):
+        return _whole(shapes[0]), _whole(shapes[1])
     from mirl.data.coco import open_coco_splits
 
-    return open_coco_splits(_folder(data), channels=channels, val_fraction=val_fraction, seed=seed)
+    return open_coco_splits(folder_in(data, HOLDS), channels=channels, val_fraction=val_fraction, seed=seed)
 
 
 def open_instance_training(data: str, *, channels: int = 3) -> InstanceSplit:
@@ -170,11 +168,11 @@ def open_instance_training(data: str, *, channels: int = 3) -> InstanceSplit:
     Raises:
         UserError: as `open_instances`.
     """
-    if data.partition(":")[0] == "shapes":
-        return _whole(_shapes(data, channels))
+    if shapes := shapes_in(data, channels):
+        return _whole(shapes)
     from mirl.data.coco import open_coco_training
 
-    return open_coco_training(_folder(data), channels=channels)
+    return open_coco_training(folder_in(data, HOLDS), channels=channels)
 
 
 def open_instance_test(data: str, *, channels: int = 3) -> InstanceSplit:
@@ -183,31 +181,15 @@ def open_instance_test(data: str, *, channels: int = 3) -> InstanceSplit:
     Raises:
         UserError: as `open_instances`.
     """
-    if data.partition(":")[0] == "shapes":
-        train = _shapes(data, channels)
-        return _whole(Shapes(train.count, size=train.size, split="val"))
+    if shapes := shapes_in(data, channels, "val"):
+        return _whole(shapes)
     from mirl.data.coco import open_coco_test
 
-    return open_coco_test(_folder(data), channels=channels)
-
-
-def _shapes(data: str, channels: int) -> Shapes:
-    source = open_source(data, channels=channels)
-    assert isinstance(source, Shapes)
-    return source
+    return open_coco_test(folder_in(data, HOLDS), channels=channels)
 
 
 def _whole(shapes: Shapes) -> InstanceSplit:
     return InstanceSplit(ShapeInstances(shapes), np.arange(len(shapes)))
-
-
-def _folder(data: str) -> Path:
-    root = Path(data).expanduser()
-    if root.is_file():
-        raise UserError(f"{data!r} is a file; give the folder that holds annotations and images")
-    if not root.is_dir():
-        raise UserError(not_there(data, "a folder with COCO annotations, or shapes", ("shapes",)))
-    return root
 
 
 @dataclass(frozen=True, kw_only=True)

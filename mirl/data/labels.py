@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from mirl.data.opening import TEST, TRAIN, shapes_in, split_shapes
 from mirl.data.shapes import Shapes
 from mirl.data.sources import ImageFiles, Source, open_source
 from mirl.errors import UserError
-
-TRAIN, TEST = ("train",), ("val", "valid", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -39,22 +38,17 @@ def open_split(
     """Open what `--data` names as a training split and a test split of the same classes.
 
     Args:
-        data: a folder with `train/` and one of `val/`, `valid/`, `validation/`, `test/`, each of class folders; a
-            folder of class folders, with `val_fraction`; or `shapes[:COUNT[:PIXELS]]`, whose test split is a quarter
-            as large.
+        data: a folder with `train/` or `training/` and one of `val/`, `valid/`, `validation/`, `test/`, each of class
+            folders; a folder of class folders, with `val_fraction`; or `shapes[:COUNT[:PIXELS]]`, whose test split is
+            a quarter as large.
         channels: channels of every image.
         val_fraction: share of each class's images, at least one, that is kept for testing; drawn with `seed`.
 
     Raises:
         UserError: if there is nothing like that, the splits' classes differ, or there is a single class.
     """
-    if data.partition(":")[0] == "shapes":
-        if val_fraction is not None:
-            raise UserError("shapes have a test split already; leave out --val_fraction")
-        train = open_source(data, channels=channels)
-        assert isinstance(train, Shapes)
-        test = Shapes(max(len(Shapes.classes), train.count // 4), size=train.size, split="val")
-        return _shapes(train), _shapes(test)
+    if shapes := split_shapes(data, channels, val_fraction):
+        return _shapes(shapes[0]), _shapes(shapes[1])
     root = Path(data).expanduser()
     if not root.is_dir():
         open_source(data, channels=channels)  # says what is missing, and what there is instead
@@ -108,10 +102,8 @@ def open_test(data: str, *, channels: int = 3) -> LabelledSource:
     Raises:
         UserError: as `open_labelled`.
     """
-    if data.partition(":")[0] == "shapes":
-        train = open_source(data, channels=channels)
-        assert isinstance(train, Shapes)
-        return _shapes(Shapes(train.count, size=train.size, split="val"))
+    if shapes := shapes_in(data, channels, "val"):
+        return _shapes(shapes)
     folder = _subfolder(Path(data).expanduser(), TEST)
     return open_labelled(str(folder or data), channels=channels)
 

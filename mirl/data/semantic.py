@@ -6,7 +6,6 @@ h and w image height and width.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -14,12 +13,13 @@ import torch
 from torch import Tensor
 
 from mirl.data.loading import Views
+from mirl.data.opening import folder_in, shapes_in, split_shapes
 from mirl.data.padding import PaddedBatch
 from mirl.data.shapes import CLASSES, Shapes
-from mirl.data.sources import Source, not_there, open_source
-from mirl.errors import UserError
+from mirl.data.sources import Source
 
 IGNORE = 255  # neither trained nor judged on
+HOLDS = "images/ and labels/"
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,11 @@ def open_semantic(
     Raises:
         UserError: if there is nothing like that, or its classes are not known.
     """
-    if data.partition(":")[0] == "shapes":
-        if val_fraction is not None:
-            raise UserError("shapes have a held-out split already; leave out --val_fraction")
-        train = _shapes(data, channels)
-        return _whole(train), _whole(Shapes(max(len(CLASSES), train.count // 4), size=train.size, split="val"))
+    if shapes := split_shapes(data, channels, val_fraction):
+        return _whole(shapes[0]), _whole(shapes[1])
     from mirl.data.semantic_folders import open_splits
 
-    return open_splits(_folder(data), channels=channels, val_fraction=val_fraction, seed=seed)
+    return open_splits(folder_in(data, HOLDS), channels=channels, val_fraction=val_fraction, seed=seed)
 
 
 def open_semantic_training(data: str, *, channels: int = 3) -> SemanticSplit:
@@ -113,11 +110,11 @@ def open_semantic_training(data: str, *, channels: int = 3) -> SemanticSplit:
     Raises:
         UserError: as `open_semantic`.
     """
-    if data.partition(":")[0] == "shapes":
-        return _whole(_shapes(data, channels))
+    if shapes := shapes_in(data, channels):
+        return _whole(shapes)
     from mirl.data.semantic_folders import open_training
 
-    return open_training(_folder(data), channels=channels)
+    return open_training(folder_in(data, HOLDS), channels=channels)
 
 
 def open_semantic_test(data: str, *, channels: int = 3) -> SemanticSplit:
@@ -126,31 +123,15 @@ def open_semantic_test(data: str, *, channels: int = 3) -> SemanticSplit:
     Raises:
         UserError: as `open_semantic`.
     """
-    if data.partition(":")[0] == "shapes":
-        train = _shapes(data, channels)
-        return _whole(Shapes(train.count, size=train.size, split="val"))
+    if shapes := shapes_in(data, channels, "val"):
+        return _whole(shapes)
     from mirl.data.semantic_folders import open_test
 
-    return open_test(_folder(data), channels=channels)
-
-
-def _shapes(data: str, channels: int) -> Shapes:
-    source = open_source(data, channels=channels)
-    assert isinstance(source, Shapes)
-    return source
+    return open_test(folder_in(data, HOLDS), channels=channels)
 
 
 def _whole(shapes: Shapes) -> SemanticSplit:
     return SemanticSplit(ShapesSemantic(shapes), np.arange(len(shapes)))
-
-
-def _folder(data: str) -> Path:
-    root = Path(data).expanduser()
-    if root.is_file():
-        raise UserError(f"{data!r} is a file; give the folder that holds images and labels")
-    if not root.is_dir():
-        raise UserError(not_there(data, "a folder with images/ and labels/, or shapes", ("shapes",)))
-    return root
 
 
 @dataclass(frozen=True, kw_only=True)

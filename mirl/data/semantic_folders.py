@@ -7,7 +7,7 @@
 | splits  | `train/images/` ...                   | `train/labels/` ...           | `classes.json`      |
 | whole   | `images/`                             | `labels/`                     | `classes.json`      |
 
-`labels` may be called `masks`, `semantic` or `annotations` too, and splits as in SPLITS.
+`labels` may be called `masks`, `semantic` or `annotations` too, and splits as in `mirl.data.opening`.
 """
 
 import os
@@ -17,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
+from mirl.data.opening import SPLITS
 from mirl.data.semantic import SemanticSplit
 from mirl.data.semantic_classes import Vocabulary, read_vocabulary
 from mirl.data.semantic_files import SUFFIX, Pairs, SemanticFiles, open_pairs
 from mirl.data.splits import divided
 from mirl.errors import UserError
 
-SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
 HELD_OUT = ("val", "test")
 WHOLE = "whole"  # the split of a folder that has none
 LABELS = ("labels", "masks", "semantic", "annotations")

@@ -12,7 +12,6 @@ from mirl.data.instances import (
     InstanceBatch,
     Instances,
     InstanceViews,
-    open_instance_test,
     open_instances,
 )
 from mirl.data.loading import StepSampler, collate
@@ -122,7 +121,6 @@ def test_unreadable_images_are_replaced_or_left_out_and_named():
 
 def test_shapes():
     train, held_out = open_instances("shapes:80:48")
-    assert (len(train), len(held_out), len(open_instance_test("shapes:80:48"))) == (80, 20, 80)
     assert [category.name for category in train.source.categories] == list(CLASSES)
     image, instances = train.source.read_instances(3)
     assert image.shape == (3, 48, 48) and torch.equal(image, train.source.read(3))
@@ -152,16 +150,15 @@ def test_truth_of_shapes_is_what_is_read():
 
 
 @pytest.mark.parametrize(
-    ("data", "options", "message"),
+    ("data", "message"),
     [
-        ("shapes:80", {"val_fraction": 0.1}, "shapes have a held-out split already"),
-        ("cifar10", {}, "cifar10"),
-        ("nowhere", {}, "'nowhere' does not exist"),
+        ("cifar10", "'cifar10' does not exist; give a folder with COCO annotations and images, or shapes"),
+        ("nowhere", "'nowhere' does not exist"),
     ],
 )
-def test_what_has_no_instances_is_refused(data, options, message, tmp_path, monkeypatch):
+def test_what_has_no_instances_is_refused(data, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(UserError, match=message) as caught:
-        open_instances(data, **options)
+        open_instances(data)
     assert "\n" not in str(caught.value)

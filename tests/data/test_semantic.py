@@ -75,14 +75,11 @@ def test_labels_of_coco_open_beside_its_annotations(tmp_path_factory):
 
 
 def test_shapes_have_a_background():
-    train, held_out = open_semantic("shapes:40:32")
-    assert (len(train), len(held_out)) == (40, 10)
+    train, _ = open_semantic("shapes:40:32")
     assert train.source.classes == tuple(map(SemanticClass, range(11), ("background", *CLASSES)))
     image, labels = train.source.read_semantic(3)
     assert image.shape == (3, 32, 32) and torch.equal(image, train.source.read(3))
     assert labels.unique().tolist() == [0, 1 + train.source.shapes.label_of(3)]
-    assert len(open_semantic_test("shapes:40:32")) == len(open_semantic_training("shapes:40:32")) == 40
-    assert "leave out --val_fraction" in refused("shapes:40", val_fraction=0.1)
 
 
 ADE_NAMES = ["wall", "building, edifice", "sky", *(f"thing {k}, synonym" for k in range(4, 151))]
@@ -149,7 +146,7 @@ def test_a_whole_folder_is_divided(tmp_path):
     assert len(held_out) == 3 and sorted([*train.members, *held_out.members]) == list(range(10))
     assert train.source is held_out.source
     again, other = (open_semantic(str(tmp_path), val_fraction=0.3, seed=seed)[1].members.tolist() for seed in (1, 2))
-    assert held_out.members.tolist() == again != other
+    assert held_out.members.tolist() == again == [4, 7, 8] != other  # for good: older runs trained on the others
     assert len(open_semantic_test(str(tmp_path))) == len(open_semantic_training(str(tmp_path))) == 10
     assert "--val_fraction 0.2" in refused(tmp_path)
 

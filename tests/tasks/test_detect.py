@@ -1,36 +1,24 @@
 """`mirl detect` from end to end on tiny detectors: training, resuming, judging, finding, and what users get wrong."""
 
 import json
-import math
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from tiny_classes import write_encoder
+from tiny_detectors import TINY, write_coco
 from tiny_runs import assert_one_line, command, finish, rows
 
 import mirl
 from mirl.cli import main
 from mirl.data.instances import open_instances
-from mirl.data.loading import collate
 from mirl.errors import UserError
-from mirl.tasks.detection import DetectTask
 from mirl.tasks.detection_scores import judge
 from mirl.tasks.detector import load_detector
-from mirl.tasks.settings.detection import Detection, resolve_detection
 from mirl.tasks.weights import open_weights
-from mirl.training import processes
-from mirl.training.runs import RunFolder
-from mirl.training.steps import Accumulator
-
-TINY = {
-    "data": "shapes:24:32", "epochs": 2, "batch_size": 8, "width": 16, "regions": 8, "precision": "32", "workers": 0,
-    "base_lr": 4e-3, "report": False,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -39,45 +27,6 @@ def trained(vit, tmp_path_factory):
     return mirl.detect(
         weights=vit, **TINY | {"report": True, "checkpoint_steps": 3}, out=tmp_path_factory.mktemp("trained") / "run"
     )
-
-
-def settings_of(vit, *, images=24, **options):
-    weights = open_weights(vit)
-    given = Detection(**TINY | {"weights": vit} | options)
-    return weights, resolve_detection(
-        given, images=images, shorter_side=32, depth=weights.depth, patch_size=8, gpu=False, devices=1, precision="32"
-    )
-
-
-def task_of(vit, **options):
-    """Return the task that `mirl detect` would run with these options."""
-    train, val = open_instances(options.get("data", TINY["data"]))
-    weights, settings = settings_of(vit, images=len(train), **options)
-    return DetectTask(settings, weights, train, val)
-
-
-def write_coco(root, *, images=4, channels=3):
-    """Write a COCO folder of plain squares on a plain ground, with categories 7 and 3; return it."""
-    random = np.random.default_rng(0)
-    for split in ("train", "val"):
-        (root / "images" / split).mkdir(parents=True)
-        table = {"images": [], "annotations": [], "categories": [{"id": 7, "name": "b"}, {"id": 3, "name": "a"}]}
-        for number in range(1, images + 1):
-            pixels = np.full((40, 48, 3), 30, np.uint8)
-            x, y, side = (int(value) for value in (random.integers(0, 20), random.integers(0, 16), 20))
-            kind = number % 2
-            pixels[y : y + side, x : x + side] = (200, 60, 60) if kind else (60, 60, 220)
-            picture = Image.fromarray(pixels)
-            (picture if channels == 3 else picture.convert("L")).save(root / "images" / split / f"{number}.png")
-            table["images"].append({"id": 10 * number, "file_name": f"{number}.png", "height": 40, "width": 48})
-            corners = [x, y, x + side, y, x + side, y + side, x, y + side]
-            table["annotations"].append({
-                "id": number, "image_id": 10 * number, "category_id": 7 if kind else 3, "iscrowd": 0,
-                "bbox": [x, y, side, side], "area": side * side, "segmentation": [corners],
-            })  # fmt: skip
-        (root / "annotations").mkdir(exist_ok=True)
-        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(table))
-    return root
 
 
 def test_a_run_leaves_what_it_promises(trained):
@@ -102,13 +51,6 @@ def test_a_run_leaves_what_it_promises(trained):
         assert part in report, part
 
 
-def test_the_summary_says_what_was_chosen(vit):
-    text = "\n".join(task_of(vit).summary())
-    for part in ("24 images to train on, 10 to test, 10 classes", "ViT of 2 blocks", "heads 16 wide, 8 regions",
-                 "coco_1x · 2 epochs of 3 steps", "peak rate 0.001", "layer decay 0.75", "drop path 0.2"):  # fmt: skip
-        assert part in text, part
-
-
 def test_a_killed_run_equals_an_uninterrupted_one(trained, tmp_path):
     """Killed after its first epoch and gone on with, by the command line."""
     run = tmp_path / "run"
@@ -131,35 +73,6 @@ def test_a_complete_run_that_lost_its_results_gets_them_again(vit, trained, tmp_
     mirl.detect(out=run, resume=True, report=False)
     for name in ("results.json", "detections.json"):
         assert json.loads((run / name).read_text()) == json.loads((trained / name).read_text())
-
-
-def test_untrained_takes_no_weights_and_the_same_rate_for_all_layers(vit):
-    trained, fresh = task_of(vit), task_of(vit, untrained=True)
-    assert (trained.settings.layer_decay, fresh.settings.layer_decay) == (0.75, 1.0)
-    weights = open_weights(vit).state["blocks.1.mlp.fc1.weight"]
-    assert (trained.encoder.blocks[1].mlp.fc1.weight == weights).all()
-    assert not (fresh.encoder.blocks[1].mlp.fc1.weight == weights).any()
-    assert "nothing of the encoder's weights" in "\n".join(fresh.summary())
-
-
-def test_the_image_whose_loss_is_not_finite_is_named_alone(vit, tmp_path):
-    task = task_of(vit)
-    images = collate([task.training[0, i] for i in range(3)])
-    poisoned = int(images.indices[1])
-    original = task.loss
-
-    def loss(model, batch):
-        values = original(model, batch)
-        return {"loss": values["loss"] + math.inf} if poisoned in batch.indices.tolist() else values
-
-    task.loss = loss
-    fabric = processes.launch("auto", 1, "32")
-    model, optimizer = fabric.setup(task.model, task.optimizer())
-    run = RunFolder(tmp_path / "run", resume=False, overwrite=False)
-    accumulator = Accumulator(fabric, task, model, optimizer, None, run)
-    assert not accumulator.step([images], (0,), number=1).finite
-    assert accumulator.culprits([images], (0,)) == [task.train.source.name_of(poisoned)]
-    run.close()
 
 
 def test_nothing_that_can_be_read_is_no_evaluation(trained, tmp_path):
@@ -288,76 +201,11 @@ def test_grey_images_and_odd_category_numbers(tmp_path):
     assert {result["image_id"] for result in found} <= {10, 20, 30, 40}
 
 
-def test_rates_decay_below_the_heads(vit):
-    task = task_of(vit, layer_decay=0.5)
-    scales = {id(p): group.get("lr_scale", 1.0) for group in task.optimizer().param_groups for p in group["params"]}
-    assert len(scales) == len(list(task.model.parameters()))
-    encoder = task.encoder
-    assert scales[id(encoder.blocks[1].mlp.fc1.weight)] == 0.5
-    assert scales[id(encoder.blocks[0].mlp.fc1.weight)] == 0.25
-    assert scales[id(encoder.patch_embed.proj.weight)] == scales[id(encoder.pos_embed)] == 0.125
-    assert scales[id(task.model.roi_heads.box_predictor.cls_score.weight)] == 1.0
-
-
-@pytest.mark.parametrize(
-    ("protocol", "regions", "proposals"),
-    [("coco_1x", 512, (2000, 1000)), ("vitdet", 512, (1000, 1000)), ("coco_1x", 8, (32, 16)), ("vitdet", 8, (16, 16))],
-)
-def test_proposals_are_the_protocols(vit, protocol, regions, proposals):
-    """CAE's 2,000 in training, detectron2's 1,000; fewer where the heads train on fewer regions."""
-    proposer = task_of(vit, protocol=protocol, regions=regions, image_size=64).model.rpn
-    assert (proposer._post_nms_top_n["training"], proposer._post_nms_top_n["testing"]) == proposals
-
-
-def test_rates_fall_at_nine_and_eleven_twelfths(vit):
-    task = task_of(vit, epochs=12, warmup_epochs=0.5)
-    peak = task.settings.peak_rate
-    assert [round(task.rate(epoch) / peak, 6) for epoch in (0, 0.25, 0.5, 8.9, 9.01, 10.9, 11.01)] == [
-        0, 0.5, 1, 1, 0.1, 0.1, 0.01
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("shorter_side", "patch", "protocol", "size"),
-    [
-        (480, 16, "coco_1x", 800),
-        (480, 16, "vitdet", 1024),
-        (480, 8, "coco_1x", 400),
-        (250, 16, "coco_1x", 416),
-        (2000, 16, "coco_1x", 800),
-        (32, 12, "coco_1x", 48),
-        (60, 8, "vitdet", 128),
-        (5, 16, "coco_1x", 32),
-    ],
-)
-def test_the_image_size_follows_the_images(shorter_side, patch, protocol, size):
-    given = Detection(weights="x", data="photos", protocol=protocol)
-    resolved = resolve_detection(given, images=100, shorter_side=shorter_side, depth=12, patch_size=patch, gpu=True,
-                                 devices=1, precision="32")  # fmt: skip
-    assert resolved.image_size == size
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"weights": None}, "--weights is missing"),
-        ({"data": "/no/where"}, "does not exist .* give a folder with COCO annotations, or shapes"),
-        ({"patch_size": 6}, "give --patch_size 16"),
-        ({"protocol": "vitdet", "image_size": 60}, "no multiple of two patches .* give --image_size 64"),
-        ({"batch_size": 100}, "more than the 24 training images"),
-        ({"regions": 0}, "--regions 0 is not allowed"),
-    ],
-)
-def test_mistakes_are_said_before_anything_begins(vit, tmp_path, options, message):
-    with pytest.raises(UserError, match=message):
-        mirl.detect(**TINY | {"weights": vit, "out": tmp_path / "run"} | options)
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--predict", "photos"], "need a trained run"),
+        (["--weights", "RUN", "--threshold", "0.9"], "--threshold has no effect without --predict; add it, or leave"),
         (["RUN"], "give --predict or --onnx"),
         (["RUN", "--predict", "photos", "--epochs", "3"], "--epochs belongs to training"),
         (["RUN", "--predict", "photos", "--threshold", "2"], "--threshold 2.0 is not allowed"),
