@@ -30,15 +30,17 @@ from mirl.data.transforms import fixed_view
 from mirl.errors import plural
 from mirl.models.patches import pair
 from mirl.models.weights import Weights
+from mirl.reports.contents import names_of
 from mirl.tasks.accuracy import write_json
-from mirl.tasks.blocks import read_outs, spread
+from mirl.tasks.blocks import evenly, read_outs
 from mirl.tasks.features import FrozenEncoder, cache
 from mirl.tasks.settings.diagnosis import DiagnoseOptions
 from mirl.tasks.weights import open_weights
 from mirl.training.files import check_writable
-from mirl.training.runs import console
+from mirl.training.runs import console, duration
 
 FITTED = 2 / 3  # share of the labelled images that read-outs are fitted on
+FRESH = 5  # encoders with fresh weights, a pass over the images each; one is compared with the trained and the others
 
 
 def diagnose(**options: Any) -> dict[str, Diagnosis]:
@@ -50,6 +52,7 @@ def diagnose(**options: Any) -> dict[str, Diagnosis]:
     Raises:
         UserError: on a mistake in options, weights or data.
     """
+    started = time.monotonic()
     settings = DiagnoseOptions(**options)
     picture, table = (settings.folder / f"diagnosis.{end}" for end in ("png", "json"))
     check_writable(table)
@@ -74,7 +77,7 @@ def diagnose(**options: Any) -> dict[str, Diagnosis]:
     about = {"options": asdict(settings), "versions": versions}
     write_json(table, finite(about | {"encoders": results, "side_by_side": compared}))
     draw_page(diagnoses, verdicts, compared, f"{settings.data}", picture)
-    console.print(f"\nsaved {picture} and {table}", markup=False)
+    console.print(f"\nsaved {picture} and {table} after {duration(time.monotonic() - started)}", markup=False)
     return {d.name: d for d in diagnoses}
 
 
@@ -93,21 +96,32 @@ def _examine(name: str, weights: str, opened: Weights, settings: DiagnoseOptions
         FrozenEncoder, opened, precision=settings.precision,
         image_size=None if settings.image_size is None else pair(settings.image_size),
     )  # fmt: skip
-    encoder = build(blocks=range(1, opened.depth + 1) if splits else ())
-    images = Views(source, spread(members, settings.images), partial(fixed_view, size=encoder.size))
+    encoder = build()
+    images = Views(source, evenly(members, settings.images), partial(fixed_view, size=encoder.size))
     seen = partial(observe, images=images, options=settings)
     trained = seen(encoder, title=f"{name}: looking at blocks")
     for file, reason in trained.bad:
         console.print(f"left out {file}: {reason}", markup=False)
     seed, unknown = first_seed(weights)
-    fresh, other = (seen(build(untrained=True, seed=(seed or 0) + i), title=f"{name}: fresh weights") for i in range(2))
+    untrained, every = partial(build, untrained=True), range(1, opened.depth + 1)
+    first, *others = range(seed or 0, (seed or 0) + FRESH)
+    fresh = seen(untrained(seed=first), title=f"{name}: fresh weights")
+    chances = [_apart(seen(untrained(seed=other), title=f"{name}: fresh weights"), fresh) for other in others]
     measures = trained.measures()
-    reads, seconds = _read(encoder, splits, settings) if splits else ({}, 0.0)
+    reads: dict[str, ReadOut] = {}
+    fresh_reads: dict[str, ReadOut] = {}
+    seconds = 0.0
+    if splits:
+        reads, seconds = _read(build(blocks=every), splits, settings, f"{name}: reading blocks out")
+        fresh_encoder = untrained(seed=first, blocks=every)
+        fresh_reads, _ = _read(fresh_encoder, splits, settings, f"{name}: reading fresh weights out")
     trials = []
     if settings.reinit:
         assert splits is not None
+        trials_in = settings.folder / "reinit" / (name if len(settings.weights) > 1 else "")
+        assert ".." not in Path(name).parts and trials_in.is_relative_to(settings.folder)
         trials = reinitialise(
-            weights, settings.folder / "reinit" / (name if len(settings.weights) > 1 else ""),
+            weights, trials_in,
             counts(opened.depth, settings.reinit_blocks), range(settings.seed, settings.seed + settings.seeds),
             # A training step is a forward pass and a backward pass, which is twice as long.
             3 * seconds * len(splits[0]) * settings.reinit_epochs,
@@ -116,31 +130,40 @@ def _examine(name: str, weights: str, opened: Weights, settings: DiagnoseOptions
             workers=settings.workers, precision=settings.precision, depth=opened.depth,
         )  # fmt: skip
     without = None
-    if idle := idle_blocks(measures):
+    if idle := idle_blocks(measures, reads):
         for block in idle:
             encoder.encoder.blocks[block - 1] = nn.Identity()
-        without = cka(seen(encoder, title=f"{name}: without {plural(len(idle), 'block')}").rows[-1], trained.rows[-1])
+        left = seen(encoder, title=f"{name}: without {plural(len(idle), 'block')}")
+        without = cka(left.content(opened.depth), trained.content(opened.depth))
     return Diagnosis(
         name=name, weights=weights, images=trained.images, measures=measures, fresh=fresh.measures(),
-        patches=len(trained.rows[0]), change=_apart(trained, fresh), chance=_apart(other, fresh),
+        patches=len(trained.rows[0]), change=_apart(trained, fresh),
+        chance=[max(each) for each in zip(*chances, strict=True)],
         distance=None if seed is None else distances(opened, seed), distance_unknown=unknown,
-        read_outs=reads, without=without, trials=trials, epochs=settings.reinit_epochs,
+        read_outs=reads, fresh_read_outs=fresh_reads, without=without, trials=trials, epochs=settings.reinit_epochs,
     )  # fmt: skip
 
 
 def _read(
-    encoder: FrozenEncoder, splits: tuple[LabelledSource, LabelledSource], settings: DiagnoseOptions
+    encoder: FrozenEncoder, splits: tuple[LabelledSource, LabelledSource], settings: DiagnoseOptions, title: str
 ) -> tuple[dict[str, ReadOut], float]:
-    """Read out every block; return also the seconds that an image took."""
+    """Read out the embedding and every block; return also the seconds that an image took.
+
+    Args:
+        encoder: of every block; it gets one more, which does nothing, before the first.
+    """
+    encoder.encoder.blocks.insert(0, nn.Identity())  # features "after" it are the embedding's
+    encoder.blocks.append(encoder.blocks[-1] + 1)
+    encoder.shape = (len(encoder.blocks), *encoder.shape[1:])
     most = settings.labelled_images
     shares = (max(1, int(FITTED * most)), max(1, most - int(FITTED * most)))
-    parts = [replace(split, members=spread(split.members, n)) for split, n in zip(splits, shares, strict=True)]
+    parts = [replace(split, members=evenly(split.members, n)) for split, n in zip(splits, shares, strict=True)]
     started = time.monotonic()
-    fit, test = (cache(encoder, part, settings, "computing features of blocks") for part in parts)
+    fit, test = (cache(encoder, part, settings, title) for part in parts)
     seconds = (time.monotonic() - started) / (len(fit.labels) + len(test.labels))
     labels, truth = torch.from_numpy(fit.labels), torch.from_numpy(test.labels)
     blocks = []
-    for i in range(len(encoder.blocks)):
+    for i in range(fit.features.shape[1]):
         known, judged = (torch.from_numpy(part.features[:, i].copy()) for part in (fit, test))
         blocks.append(read_outs(known, labels, judged, truth, len(splits[0].classes)))
     return {name: ReadOut(torch.stack([b[name] for b in blocks]), truth, len(labels)) for name in blocks[0]}, seconds
@@ -152,15 +175,17 @@ def _apart(one: Observation, other: Observation) -> list[float]:
 
 
 def _names(weights: Sequence[str]) -> list[str]:
-    """Return short names, or all as they were given where two would be alike."""
-    short = [Path(w).expanduser().resolve().name if Path(w).expanduser().exists() else w for w in weights]
-    return short if len(set(short)) == len(short) else list(weights)
+    """Return short names: of files and folders their last parts, of models elsewhere what was given."""
+    paths = [Path(given).expanduser() for given in weights]
+    return names_of([p.resolve().parts if p.exists() else (given,) for p, given in zip(paths, weights, strict=True)])
 
 
 def _results(d: Diagnosis) -> dict[str, Any]:
     """Return what JSON keeps of a diagnosis."""
-    kept = {name: value for name, value in vars(d).items() if name not in ("measures", "fresh", "read_outs", "trials")}
+    read_outs = ("read_outs", "fresh_read_outs")
+    kept_apart = ("measures", "fresh", "trials", *read_outs)
+    kept = {name: value for name, value in vars(d).items() if name not in kept_apart}
     return kept | {
         "measures": asdict(d.measures), "fresh": asdict(d.fresh), "trials": list(map(asdict, d.trials)),
-        "read_outs": {name: read.figures() for name, read in d.read_outs.items()},
+        **{kind: {name: read.figures() for name, read in getattr(d, kind).items()} for kind in read_outs},
     }  # fmt: skip

@@ -16,7 +16,10 @@ READ_OUTS = {"linear": "linear read-out", "knn": "k-NN read-out"}
 
 @dataclass(frozen=True)
 class ReadOut:
-    """Which test images are told right after each block, `right` [m, t]; `truth` [t]; `fitted_on` so many images."""
+    """Which test images are told right after the embedding and each block, `right` [1 + m, t].
+
+    `truth` [t] are their classes; `fitted_on` is the number of images that the read-out was fitted on.
+    """
 
     right: Tensor
     truth: Tensor
@@ -44,11 +47,12 @@ class Diagnosis:
         images: how many were looked at; patches: of how many of their patches rank and CKA were computed.
         measures, fresh: of the trained encoder, and of the same one with fresh weights.
         change: 1 - CKA between tokens of the two after the embedding and each block [1 + m].
-        chance: the same between two encoders with fresh weights of different seeds.
+        chance: the largest of the same between that fresh encoder and others, with weights of other seeds.
         distance: of each block's weights from where they began, over the norm of these [m]; None if that is not known,
             `distance_unknown` says why.
-        read_outs: by name, with labels.
-        without: CKA of the last tokens with what they are without the idle blocks, if there are any.
+        read_outs, fresh_read_outs: by name, with labels; of the trained encoder and of fresh weights.
+        without: CKA of the last tokens' content with what it is without the idle blocks, if there are any; NaN where
+            images do not differ.
         trials: fine-tunings with fresh weights in the last blocks; `epochs` of each.
     """
 
@@ -63,6 +67,7 @@ class Diagnosis:
     distance: list[float] | None
     distance_unknown: str
     read_outs: dict[str, ReadOut]
+    fresh_read_outs: dict[str, ReadOut]
     without: float | None
     trials: list[Trial]
     epochs: int
@@ -74,28 +79,31 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Compared:
-    """Two read-outs of the same images: the `share` by which the first is better, its 95 % `margin`, `p` if equal."""
+    """Two read-outs of the same images: the `share` by which the first is better, its 95 % interval, `p` if equal."""
 
     share: float
-    margin: float
+    low: float
+    high: float
     p: float
 
     def __str__(self) -> str:
-        return f"{100 * self.share:.1f} ± {points(self.margin)}"
+        return f"{points(self.share)} (95 %: {100 * self.low:.1f} to {100 * self.high:.1f})"
 
 
 def compare(one: Tensor, other: Tensor) -> Compared:
     """Compare which images [t] two read-outs tell right: McNemar's exact test, and the interval of the difference.
 
     Only images that one alone tells right speak; that both were tested on the same images makes the test sharper than
-    two intervals side by side. What other images to fit on would change is not in it.
+    two intervals side by side. What other images to fit on would change is not in it. The interval is that of Agresti
+    & Min (2005), half an image added to each of the four counts: it has a width also where no image differs.
     """
     from scipy.stats import binomtest  # slow to import, and whoever only reads figures does without
 
     first, second, t = int((one & ~other).sum()), int((other & ~one).sum()), len(one)
-    margin = 1.96 * math.sqrt(first + second - (first - second) ** 2 / t) / t
+    n = t + 2
+    centre, margin = (first - second) / n, 1.96 * math.sqrt(first + second + 1 - (first - second) ** 2 / n) / n
     p = float(binomtest(first, first + second).pvalue) if first + second else 1.0
-    return Compared((first - second) / t, margin, p)
+    return Compared((first - second) / t, max(-1.0, centre - margin), min(1.0, centre + margin), p)
 
 
 def spans(blocks: Sequence[int], word: str = "block") -> str:

@@ -10,14 +10,13 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from mirl.analysis.diagnosis import Diagnosis
+from mirl.analysis.diagnosis import READ_OUTS, Diagnosis, ReadOut
 from mirl.errors import plural
-from mirl.training.files import atomic
+from mirl.training.drawing import COLOURS, save_figure
 
 COLUMNS, WIDTH, PANEL = 4, 15.0, 2.75  # panels in a row; inches of the page's width and of a row's height
 LINE, LETTERS = 0.185, 205  # inches of a line of text, letters in it
 LEAST = 1e-3  # of a logarithmic axis: a block that does nothing must not press the others together
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by the colour-blind too
 
 Panel = Callable[[Any], None]
 
@@ -53,8 +52,7 @@ def draw_page(
     for number, panel in enumerate(panels):
         panel(plots.add_subplot(grid[number // COLUMNS, number % COLUMNS]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png")
+    save_figure(figure, path)
 
 
 def _text(verdicts: dict[str, list[str]], compared: Sequence[str]) -> list[tuple[str, int | None, bool]]:
@@ -103,8 +101,7 @@ def _panels(diagnoses: Sequence[Diagnosis]) -> list[Panel]:
             missing=lambda d: d.distance_unknown,
         ),
     ]  # fmt: skip
-    names = {"linear": "linear read-out, %, 95 % interval", "knn": "k-NN read-out, %, 95 % interval"}
-    panels += [partial(_read_out, diagnoses, name, names[name]) for name in diagnoses[0].read_outs]
+    panels += [partial(_read_out, diagnoses, name) for name in diagnoses[0].read_outs]
     if any(d.trials for d in diagnoses):
         panels.append(partial(_trials, diagnoses))
     return panels + [partial(_cka, d, index, len(diagnoses)) for index, d in enumerate(diagnoses)]
@@ -153,15 +150,15 @@ def _lines(
         axes.text(0.5, 0.96, "\n".join(notes), color="dimgrey", **place)
 
 
-def _read_out(diagnoses: Sequence[Diagnosis], name: str, title: str, axes: Any) -> None:
+def _read_out(diagnoses: Sequence[Diagnosis], name: str, axes: Any) -> None:
+    def of(read: ReadOut) -> list[float]:
+        return [100 * value for value in read.top1]
+
+    title = f"{READ_OUTS[name]}, %, 95 % interval"
+    _lines(diagnoses, title, lambda d: of(d.read_outs[name]), lambda d: of(d.fresh_read_outs[name]), axes)
     for d, colour in zip(diagnoses, _colours(diagnoses), strict=True):
-        read, blocks = d.read_outs[name], range(1, d.depth + 1)
-        low, high = zip(*read.intervals, strict=True)
-        axes.plot(blocks, [100 * value for value in read.top1], color=colour, marker="o", markersize=2.5, linewidth=1.3)
-        axes.fill_between(
-            blocks, [100 * v for v in low], [100 * v for v in high], color=colour, alpha=0.15, linewidth=0
-        )
-    _style(axes, title)
+        low, high = ([100 * value for value in ends] for ends in zip(*d.read_outs[name].intervals, strict=True))
+        axes.fill_between(range(d.depth + 1), low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def _trials(diagnoses: Sequence[Diagnosis], axes: Any) -> None:

@@ -21,7 +21,8 @@ from mirl.data.transforms import fixed_view
 from mirl.errors import UserError
 from mirl.methods import Term
 from mirl.tasks.pretrain import split_off_held_out
-from mirl.training.files import atomic, check_writable
+from mirl.training.drawing import save_figure
+from mirl.training.files import check_writable
 from mirl.training.reconstructions import Components, Reconstruction, parts_of, to_rgb
 from mirl.training.runs import RunFolder, console, read_config
 
@@ -106,8 +107,7 @@ def draw(shown: Reconstruction, names: Sequence[str], path: Path, title: str) ->
         axes[i * terms, 0].set_xlabel(_shortened(name), fontsize=6.5, loc="left", labelpad=2, parse_math=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(path) as temporary:
-            figure.savefig(temporary, format=path.suffix[1:].lower())
+        save_figure(figure, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from error
 

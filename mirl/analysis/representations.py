@@ -2,7 +2,9 @@
 
 One pass of a frozen encoder; hooks look at the blocks, so that every block that keeps the number of tokens can be
 looked at, whoever trained it. Tokens are patch tokens. Rank, similarity and CKA are of tokens normalised as the next
-block sees them, so that blocks compare; norm, update and cosine are of the residual stream itself.
+block sees them, so that blocks compare; norm, update and cosine are of the residual stream itself. Where positions
+make most of what differs between tokens, CKA is near 1 whatever a block does to the rest: what a block keeps is
+therefore measured on content, tokens less each position's mean over images.
 
 Symbols: b images, m blocks (0 is the embedding, before the first), n tokens, d width, r rows: tokens of many images.
 """
@@ -12,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,13 +25,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mirl.data.loading import Views
-from mirl.errors import UserError
-from mirl.tasks.blocks import ROWS, effective_rank, spread, token_similarity
+from mirl.errors import UserError, none_readable
+from mirl.tasks.blocks import ROWS, effective_rank, evenly, token_similarity
 from mirl.tasks.features import FrozenEncoder, batches
 from mirl.tasks.settings.features import ReadingOptions
 
 CKA_ROWS = 1000  # of the rows of the rank; a Gram matrix of each block is in memory at once, 4 MB each
 ALIKE = 1e-12  # share of a Gram matrix that float32 rounding leaves between rows that are equal
+ROUNDING = 1e-5  # of the tokens' norm, under which content is what float32 leaves between images that are equal
 LEAST_ROWS = 16  # rows under which none of the figures means anything; the estimator itself needs four
 
 
@@ -44,6 +48,7 @@ class Measures:
             (Men et al., 2024).
         entropy: of each block's attention [m], as a share of uniform attention's; None if it is not timm's own.
         cka: between the tokens after each two of the embedding and the blocks [1 + m, 1 + m].
+        kept: of each block [m], CKA between the content of tokens before and after it; NaN if images do not differ.
     """
 
     rank: list[float]
@@ -53,14 +58,11 @@ class Measures:
     cosine: list[float]
     entropy: list[float] | None
     cka: list[list[float]]
+    kept: list[float]
 
     @property
     def depth(self) -> int:
         return len(self.update)
-
-    def kept(self, block: int) -> float:
-        """Return the CKA between the tokens before and after a block, from 1."""
-        return self.cka[block - 1][block]
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Observation:
     """What one pass leaves, on the CPU.
 
     Attributes:
-        rows: normalised tokens after the embedding and each block, each [r, d].
+        rows: normalised tokens after the embedding and each block, each [r, d], of every image at the same positions.
         means: means over images by the names of `Measures`, for those blocks that have them.
         images: how many could be read.
         bad: (name, reason) of files that could not be read.
@@ -88,7 +90,16 @@ class Observation:
             **{name: self.means[name] for name in ("similarity", "norm", "update", "cosine")},
             entropy=entropy if len(entropy) == depth else None,
             cka=cka_between(self.rows).tolist(),
+            kept=[float(a @ b) for a, b in pairwise(_unit_gram(self.content(i)) for i in range(depth + 1))],
         )
+
+    def content(self, number: int) -> Tensor:
+        """Return the rows after a block, 0 is the embedding, less each position's mean over images [r, d]."""
+        by_image = self.rows[number].unflatten(0, (self.images, -1))
+        content = by_image - by_image.mean(dim=0)
+        if content.norm() <= ROUNDING * by_image.norm():
+            content.zero_()
+        return content.flatten(0, 1)
 
 
 def observe(encoder: FrozenEncoder, images: Views, options: ReadingOptions, title: str) -> Observation:
@@ -110,7 +121,7 @@ def observe(encoder: FrozenEncoder, images: Views, options: ReadingOptions, titl
                 encoder(batch.images)
                 count += len(batch)
     if not count:
-        raise UserError(f"none of the {len(images)} images can be read, e.g. {' '.join(bad[0])}; check the data")
+        raise none_readable(len(images), bad)
     rows = [torch.cat(parts) for parts in watch.rows]
     if len(rows[0]) < LEAST_ROWS:
         raise UserError(f"{len(rows[0])} patches in all are too few to look at; give more --images")
@@ -213,7 +224,7 @@ def _unit_gram(rows: Tensor) -> Tensor:
 
     U-centring (Székely & Rizzo, 2014, Eq. 3.1) makes the unbiased HSIC a scalar product: r (r - 3) HSIC = <K, L>.
     """
-    rows = rows[spread(np.arange(len(rows)), CKA_ROWS)].double()
+    rows = rows[evenly(np.arange(len(rows)), CKA_ROWS)].double()
     n = len(rows)
     gram = rows @ rows.T
     least = ALIKE * gram.norm()

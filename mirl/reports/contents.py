@@ -18,6 +18,17 @@ from mirl.training.runs import TRAINED, Command, RunFolder, command_of, read_con
 Row = dict[str, Any]
 KINDS = ("train", "held_out", "blocks", "gradients", "pictures", "incident")
 SKIPPED = re.compile(r"^[\d-]{10} [\d:]{8} skipped (?!\d+ unusable files? so far)(.*)$", re.MULTILINE)
+# The forms of results, by the first part of their path: a type, a choice of several, a list of one form, or the forms
+# of names that may be there (`...`: of all others).
+ACCURACY = {"interval": list, "per_class": dict}
+CLASSES = {"per_class": [dict]}
+JUDGED = {"options": dict, **CLASSES, "multi_scale": (bool, CLASSES)}
+FORMS: dict[str, Any] = {
+    "results.json": {"weights": ACCURACY, "average": ACCURACY, **JUDGED},
+    "evaluations": {"accuracy": ACCURACY, **JUDGED},
+    "readouts": {"options": dict, "blocks": {...: {...: ACCURACY}}},
+    "diagnosis": {"encoders": [{"verdict": list}]},
+}
 
 
 @dataclass(frozen=True)
@@ -77,13 +88,17 @@ class Run:
         return {name: reason for name, _, reason in found}
 
     def documents(self, pattern: str) -> Documents:
-        """Read the JSON files that match `pattern`."""
+        """Read the JSON files that match `pattern`; those of another form than theirs are unreadable."""
         found, unreadable = {}, []
         for path in sorted(self.folder.glob(pattern)):
             name = path.relative_to(self.folder).as_posix()
             try:
-                found[name] = dict(json.loads(path.read_text()))
-            except (OSError, ValueError, TypeError):
+                document = json.loads(path.read_text())
+            except (OSError, ValueError, RecursionError):
+                document = None
+            if _fits(document, FORMS[pattern.partition("/")[0]]):
+                found[name] = document
+            else:
                 unreadable.append(name)
         return Documents(found, tuple(unreadable))
 
@@ -123,10 +138,17 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     for index, place in enumerate(places):
         if place in places[:index]:
             raise UserError(f"{runs[index].folder} was given twice; give runs that differ")
+    return [
+        replace(run, name=name) for run, name in zip(runs, names_of([place.parts for place in places]), strict=True)
+    ]
+
+
+def names_of(paths: Sequence[tuple[str, ...]]) -> list[str]:
+    """Name paths that differ, given by their parts, by as few of the last as tell them apart; never by the root."""
     depth = 1
-    while len({place.parts[-depth:] for place in places}) < len(places):
+    while len({parts[-depth:] for parts in paths}) < len(paths):
         depth += 1
-    return [replace(run, name="/".join(place.parts[-depth:])) for run, place in zip(runs, places, strict=True)]
+    return ["/".join(part for part in parts[-depth:] if part != "/") for parts in paths]
 
 
 def number(value: object) -> float | None:
@@ -142,3 +164,14 @@ def _by_kind(rows: list[Any]) -> dict[str, list[Row]]:
         if isinstance(row, dict) and all(number(row.get(name)) is not None for name in placed):
             found.setdefault(str(row.get("kind")), []).append(row)
     return found
+
+
+def _fits(value: object, form: Any) -> bool:
+    """Tell whether a JSON value is of a form, as FORMS has them."""
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(
+            _fits(each, form.get(name, form.get(..., object))) for name, each in value.items()
+        )
+    if isinstance(form, list):
+        return isinstance(value, list) and all(_fits(each, form[0]) for each in value)
+    return any(_fits(value, each) for each in form) if isinstance(form, tuple) else isinstance(value, form)

@@ -7,6 +7,7 @@ from typing import Literal
 from mirl.methods import is_term
 from mirl.reports.charts import COLOURS, Chart, Line, lines_of
 from mirl.reports.contents import Run
+from mirl.reports.judged import JUDGED
 from mirl.reports.series import Series, series, smooth, thin
 from mirl.training.runs import NOUNS, Command
 
@@ -20,7 +21,7 @@ PARTS: dict[Command, dict[str, str]] = {
 }  # fmt: skip
 PRECISIONS = {"box_ap": "boxes", "mask_ap": "masks"}
 SIZES = {"mask_ap_small": "small", "mask_ap_medium": "medium", "mask_ap_large": "large"}
-OVERLAPS = {"miou": "mean IoU", "aacc": "pixel accuracy", "macc": "class accuracy"}
+OVERLAPS = JUDGED["segment"].figures
 POINTS = 1500  # most of a raw curve
 SMOOTHED = 400  # of a smoothed one; fewer where many runs share a page
 ALL_RUNS = 4000
@@ -135,7 +136,7 @@ def _parts(runs: Sequence[Run], names: Sequence[str], title: str, unit: str, sca
 
 
 def _words(name: str) -> str:
-    return (PRECISIONS | SIZES | OVERLAPS).get(name) or name.replace("_", " ")
+    return {**PRECISIONS, **SIZES, **OVERLAPS}.get(name) or name.replace("_", " ")
 
 
 def _rate(label: str, run: Run, colour: str) -> tuple[Line, ...]:

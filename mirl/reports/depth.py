@@ -77,11 +77,11 @@ def read_outs(runs: Sequence[Run]) -> list[Chart]:
     titles: dict[str, str] = {}
     for index, run in enumerate(runs):
         for path, document in run.documents("readouts/*.json").found.items():
-            blocks = document.get("blocks")
-            if not isinstance(blocks, dict) or len(blocks) < 2 or not all(map(_is_dict, blocks.values())):
+            blocks = document.get("blocks", {})
+            by_reader = {name: _accuracies(blocks, name) for readers in blocks.values() for name in readers}
+            if len(blocks) < 2 or not by_reader:
                 continue
             titles[path] = f"Every block, {document.get('command')} on {tables.data_of(document)}"
-            by_reader = {name: _accuracies(blocks, name) for name in next(iter(blocks.values()))}
             if len(runs) > 1:
                 best = max(by_reader, key=lambda name: by_reader[name][-1, 1] if len(by_reader[name]) else 0)
                 by_reader = {f"{run.name}, {best}": by_reader[best]}
@@ -110,9 +110,9 @@ def _accuracies(blocks: dict[str, Any], reader: str) -> np.ndarray:
     """Return rows of (block, top-1, low, high), the last three in per cent."""
     rows = []
     for block, results in blocks.items():
-        result = results.get(reader) if isinstance(results, dict) else None
-        found = [result.get("top1"), *(result.get("interval") or ())] if isinstance(result, dict) else []
-        known = [value for value in map(number, found) if value is not None]
+        result = results.get(reader, {})
+        found = map(number, (result.get("top1"), *result.get("interval", ())))
+        known = [value for value in found if value is not None]
         if len(known) == 3 and block.isdecimal():
             rows.append((int(block), *(100 * value for value in known)))
     return np.array(sorted(rows), dtype=float).reshape(-1, 4)
@@ -122,10 +122,6 @@ def _against_block(label: str, row: Row, name: str, colour: str) -> Line:
     known = [(block, value) for block, value in enumerate(row[name], start=1) if number(value) is not None]
     blocks, values = np.array(known, dtype=float).reshape(-1, 2).T
     return Line(label, blocks, values, colour, "dots", notes={"epoch": np.full(len(blocks), float(row["epoch"]))})
-
-
-def _is_dict(value: object) -> bool:
-    return isinstance(value, dict)
 
 
 def _known(values: object) -> bool:

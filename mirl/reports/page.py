@@ -8,30 +8,29 @@ from typing import Any
 
 from markupsafe import Markup
 
-from mirl.errors import UserError
 from mirl.reports.charts import draw, library
 from mirl.reports.contents import Run, read_runs
 from mirl.reports.panels import galleries
 from mirl.reports.sections import Section, reconstructions, sections
 from mirl.reports.tables import ARROW, about, key_figures, side_by_side, status
-from mirl.training.files import atomic, check_writable
+from mirl.training.files import atomic, check_writable, writing
 from mirl.training.runs import console
 
 LIMIT = 4_900_000  # bytes of the page
 HERE = Path(__file__).parent
 
 
-def report(runs: list[str], *, out: str | None = None) -> Path:
+def report(runs: list[str] | list[Path] | str | Path, *, out: str | None = None) -> Path:
     """Write a page that shows a run, or compares several: curves, pictures, blocks, results.
 
     Args:
-        runs: run folders, finished or not.
-        out: the HTML file; by default report.html in the run folder, or comparison.html here for several runs.
+        runs: one or several run folders, finished or not
+        out: the HTML file; by default report.html in the run folder, or comparison.html here for several runs
 
     Raises:
         UserError: if a folder holds no run, or the file cannot be written.
     """
-    found = read_runs(runs)
+    found = read_runs([runs] if isinstance(runs, str | Path) else runs)
     default = found[0].folder / "report.html" if len(found) == 1 else Path("comparison.html")
     path = Path(out).expanduser() if out else default
     check_writable(path)
@@ -47,12 +46,10 @@ def write_report(folder: Path) -> Path:
 
 def _write(runs: Sequence[Run], path: Path) -> Path:
     text = page(runs)
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from error
     return path
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mirl.reports import depth, overlap, precision, tables
+from mirl.reports import depth, judged, tables
 from mirl.reports.charts import Chart
 from mirl.reports.contents import Run
 from mirl.reports.curves import curves
@@ -17,6 +17,7 @@ from mirl.training.runs import NOUNS, TRAINED, Command
 # What a run says at its end: an indented block of code after a line that begins with "done:".
 USE = re.compile(r"^done: .*\n\n((?: {4}.*\n|\n)+)", re.MULTILINE)
 
+DIAGNOSIS = "diagnosis/diagnosis.json"
 # How to read the pictures of runs of a method or command, and how to get an evaluation.
 PICTURES = {
     "mirl": "Held-out images, never trained on. The shallow half of the encoder predicts the main component, the deep "
@@ -35,14 +36,12 @@ EVALUATE = {
     "finetune": "results.json is written at the end; mirl evaluate --weights {} --data OTHER.",
     **dict.fromkeys(TRAINED, "results.json is written at the end."),
 }
-# Of detectors and segmenters: the figure that should rise, and what can be done with a trained one.
-FIGURES: dict[Command, str] = {"detect": "average precision", "segment": "mean IoU"}
+# What can be done with a trained detector or segmenter.
 USES: dict[Command, str] = {
     "detect": "Find objects in a folder of images, judge the detector on other annotations, or call it from Python.",
     "segment": "Label the pixels of a folder of images, judge the segmenter on other label maps, or call it from "
     "Python.",
 }
-READINGS: dict[Command, str] = {"detect": precision.READING, "segment": overlap.READING}
 
 
 @dataclass(frozen=True)
@@ -91,11 +90,11 @@ def sections(runs: Sequence[Run]) -> list[Section]:
 def _curves(runs: Sequence[Run]) -> Section:
     headed = [run for run in runs if run.command in TRAINED]
     if len(runs) == 1:
-        figure = FIGURES.get(runs[0].command)
+        shown = judged.JUDGED.get(runs[0].command)
         reading = (
-            f"The training loss should fall and the {figure} rise: one that falls again while the loss falls is "
+            f"The training loss should fall and the {shown.figure} rise: one that falls again while the loss falls is "
             "overfitting."
-            if figure
+            if shown
             else "The training loss should fall and the held-out loss with it: a held-out loss that rises again while "
             "the training loss falls is overfitting."
         ) + " Faint lines are single steps, strong ones averages, dots evaluations."
@@ -180,11 +179,9 @@ def _diagnosis(runs: Sequence[Run]) -> Section:
     sheets: list[Sheet] = []
     for run in runs:
         name = f"{run.name}: " if len(runs) > 1 else ""
-        for document in run.documents("diagnosis/diagnosis.json").found.values():
-            encoders = document.get("encoders")
-            for found in encoders if isinstance(encoders, list) else ():
-                found = found if isinstance(found, dict) else {}
-                lines += [f"{name}{line}" for line in found.get("verdict") or ()]
+        lines += _unreadable(run, DIAGNOSIS)
+        for document in run.documents(DIAGNOSIS).found.values():
+            lines += [f"{name}{line}" for found in document.get("encoders", ()) for line in found.get("verdict", ())]
         if picture := sheet(
             run.folder / "diagnosis" / "diagnosis.png", f"{run.name}: charts of the diagnosis", len(runs)
         ):
@@ -196,21 +193,27 @@ def _diagnosis(runs: Sequence[Run]) -> Section:
 
 
 def _evaluation(runs: Sequence[Run]) -> Section:
-    accuracies, found = tables.results(runs), [*precision.precisions(runs), *overlap.overlaps(runs)]
-    readings = [text for command, text in READINGS.items() if any(run.command == command for run in runs)]
+    accuracies, found = (
+        tables.results(runs),
+        [table for each in judged.JUDGED for table in judged.judgements(runs, each)],
+    )
+    readings = [shown.reading for each, shown in judged.JUDGED.items() if any(run.command == each for run in runs)]
     if accuracies or not readings:
         readings.insert(0, tables.READING)
     unreadable = [
-        f"{path} of {run.name} could not be read."
+        line
         for run in runs
-        for pattern in (tables.EVALUATIONS if run.command in TRAINED else tables.FILES)
-        for path in run.documents(pattern).unreadable
+        for line in _unreadable(run, *(judged.EVALUATIONS if run.command in TRAINED else tables.FILES))
     ]
     missing = "No evaluation yet: " + EVALUATE[runs[0].command].format(quoted(runs[0].folder))
     return Section(
         "evaluation", "Evaluation", " ".join(readings), tuple(unreadable), charts=tuple(depth.read_outs(runs)),
-        sheets=tuple(overlap.confusions(runs)), tables=(*accuracies, *found), missing=missing,
+        sheets=tuple(judged.confusions(runs)), tables=(*accuracies, *found), missing=missing,
     )  # fmt: skip
+
+
+def _unreadable(run: Run, *patterns: str) -> list[str]:
+    return [f"{path} of {run.name} could not be read." for each in patterns for path in run.documents(each).unreadable]
 
 
 def _differences(runs: Sequence[Run]) -> Section:

@@ -1,7 +1,7 @@
 """Tables of the report: key figures, results, options, what was left out, what happened."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,17 +10,15 @@ import numpy as np
 from mirl.errors import plural
 from mirl.reports.contents import Row, Run, number
 from mirl.reports.series import Series, series
-from mirl.training.runs import TRAINED, Command, duration
+from mirl.training.runs import TRAINED, duration
 
-SKIPPED_SHOWN, INCIDENTS_SHOWN, CLASSES_SHOWN = 100, 200, 100
+SKIPPED_SHOWN, INCIDENTS_SHOWN, TABLES_SHOWN = 100, 200, 8  # tables of classes
 READING = (
     "How often the first guess is right on test images. Where two intervals overlap widely, the difference may be "
     "chance; intervals say nothing about other seeds."
 )
 ARROW = " → "
 FILES = ("results.json", "readouts/*.json", "evaluations/*/*.json")  # of accuracies
-# Of detectors and segmenters, with what was judged on; detections.json, beside the results, is large and not read.
-EVALUATIONS = {"results.json": "held out", "evaluations/*/results.json": ""}
 LONGEST = 300  # characters of a cell
 
 
@@ -103,30 +101,30 @@ def results(runs: Sequence[Run]) -> list[Table]:
         for what, data, result, extra in _accuracies(run):
             where = (run.name, what, data) if len(runs) > 1 else (what, data)
             rows.append((*where, *_figures(result), extra))
-            if per_class := result.get("per_class"):
-                classes.append(_by_class(" · ".join(where), per_class))
+            listed = [{"name": name, "top1": share} for name, share in result.get("per_class", {}).items()]
+            classes.append(by_class(" · ".join(where), listed, {"top1": "top-1"}, "top1"))
     head: tuple[str, ...] = ("what", "data", "top-1", "95 % interval", "top-5", "images", "also")
     if not any(row[-1] for row in rows):
         head, rows = head[:-1], [row[:-1] for row in rows]
     caption = "Accuracies, with the interval that the number of test images leaves open"
     table = Table(caption, ("run", *head) if len(runs) > 1 else head, tuple(rows))
-    return [table, *classes[:8]] if rows else []
+    return [table, *[found for found in classes if found.rows][:TABLES_SHOWN]] if rows else []
 
 
-def evaluations(runs: Sequence[Run], command: Command) -> list[tuple[tuple[str, ...], Row]]:
-    """Return (what was judged on, after the run's name if there are several; results) of detectors or segmenters."""
-    found: list[tuple[tuple[str, ...], Row]] = []
-    for run in runs:
-        for pattern, what in EVALUATIONS.items() if run.command == command else ():
-            for document in run.documents(pattern).found.values():
-                images = number(document.get("images"))
-                count = f"{plural(images, 'image', form=',.0f')}" if images is not None else ""
-                judged = ", ".join(filter(None, (data_of(document), what, count)))
-                name, scales = (run.name,) if len(runs) > 1 else (), document.get("multi_scale")
-                found.append(((*name, f"{judged}, several sizes" if scales is True else judged), document))
-                if isinstance(scales, dict):  # judged both ways
-                    found.append(((*name, f"{judged}, several sizes"), scales))
-    return found
+def by_class(caption: str, classes: Sequence[Row], figures: Mapping[str, str], hardest: str, most: int = 100) -> Table:
+    """List classes, those with the least of the figure `hardest` first; those without it were not judged.
+
+    Args:
+        classes: names and figures, all of them shares but the number of objects.
+        figures: their names and the titles of columns; most: so many classes are listed.
+    """
+    known = [row for row in classes if number(row.get(hardest)) is not None]
+    rows = tuple(
+        (cut(str(row.get("name"))), *(_of_class(name, number(row.get(name))) for name in figures))
+        for row in sorted(known, key=lambda row: float(row[hardest]))[:most]
+    )
+    which = f"{most} of {len(known):,} classes" if len(known) > most else "Each class"
+    return Table(f"{which}, the hardest first: {caption}", ("class", *figures.values()), rows, folded=True)
 
 
 def skipped(run: Run) -> Table | None:
@@ -181,21 +179,20 @@ def _accuracies(run: Run) -> list[tuple[str, str, Row, str]]:
         error, sure = number(document.get("calibration_error")), number(document.get("confidence"))
         known = error is not None and sure is not None
         extra = f"calibration error {error:.1%}, mean confidence {sure:.1%}" if known else ""
-        found.append(("evaluate", data_of(document), document.get("accuracy") or {}, extra))
+        found.append(("evaluate", data_of(document), document.get("accuracy", {}), extra))
     for document in run.documents("readouts/*.json").found.values():
-        blocks = document.get("blocks")
         # Of a read-out of every block the last one; a chart has them all.
-        for block, readers in list(blocks.items())[-1:] if isinstance(blocks, dict) else ():
-            untrained = ", untrained" if (document.get("options") or {}).get("untrained") else ""
+        for block, readers in list(document.get("blocks", {}).items())[-1:]:
+            untrained = ", untrained" if document.get("options", {}).get("untrained") else ""
             place = f"block {block}" if block != "0" else "pixels"
-            for reader, result in readers.items() if isinstance(readers, dict) else ():
+            for reader, result in readers.items():
                 what = f"{document.get('command', 'read-out')}, {reader}, {place}{untrained}"
                 found.append((what, data_of(document), result, ""))
-    return [entry for entry in found if isinstance(entry[2], dict) and number(entry[2].get("top1")) is not None]
+    return [entry for entry in found if number(entry[2].get("top1")) is not None]
 
 
 def _figures(result: Row) -> tuple[str, ...]:
-    interval = [number(end) for end in result.get("interval") or ()]
+    interval = [number(end) for end in result.get("interval", ())]
     low_to_high = " to ".join(f"{100 * end:.1f}" for end in interval if end is not None)
     top5, images = number(result.get("top5")), number(result.get("images"))
     return (
@@ -206,11 +203,8 @@ def _figures(result: Row) -> tuple[str, ...]:
     )
 
 
-def _by_class(caption: str, per_class: dict[str, Any]) -> Table:
-    known = [(name, value) for name, share in per_class.items() if (value := number(share)) is not None]
-    worst = sorted(known, key=lambda entry: entry[1])[:CLASSES_SHOWN]
-    rows = tuple((cut(name), f"{100 * share:.1f} %") for name, share in worst)
-    return Table(f"Each class, the hardest first: {caption}", ("class", "top-1"), rows, folded=True)
+def _of_class(name: str, value: float | None) -> str:
+    return f"{value or 0:,.0f}" if name == "objects" else percent(value) or "–"
 
 
 def _latest_accuracy(run: Run) -> str:
@@ -234,7 +228,7 @@ def _change(found: Series) -> str:
 
 
 def data_of(document: Row) -> str:
-    return cut(str(document.get("data") or (document.get("options") or {}).get("data") or "–"))
+    return cut(str(document.get("data") or document.get("options", {}).get("data") or "–"))
 
 
 def cut(text: str) -> str:

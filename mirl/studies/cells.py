@@ -76,21 +76,16 @@ def _finish(stage: Stage, folder: Path) -> float:
         console.print(f"\n{stage.typed}", markup=False)
         write_json(folder / LEDGER, ledger)
         started = time.monotonic()
+        again = {"resume": (stage.out / "config.yaml").exists()} if stage.epochs else {}
         try:
-            _start(stage)
+            FUNCTIONS[stage.command](**stage.options, **again)
             entry["finished"] = True
         finally:
             entry["seconds"] += time.monotonic() - started
             write_json(folder / LEDGER, ledger)
+    # Two of a training, three times the model each. After the ledger: until it says finished, a start needs them.
+    shutil.rmtree(stage.out / "checkpoints", ignore_errors=True)
     return float(entry["seconds"])
-
-
-def _start(stage: Stage) -> None:
-    if stage.command in ("pretrain", "finetune"):
-        FUNCTIONS[stage.command](**stage.options, resume=(stage.out / "config.yaml").exists())
-        shutil.rmtree(stage.out / "checkpoints", ignore_errors=True)  # two of them, three times the model each
-    else:
-        FUNCTIONS[stage.command](**stage.options)
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -6,11 +6,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from mirl.analysis.diagnosis_page import COLOURS
 from mirl.studies.definition import Panel
 from mirl.studies.results import Found
 from mirl.studies.table import at, summarise
-from mirl.training.files import atomic
+from mirl.training.drawing import COLOURS, save_figure
 
 WIDTH, HEIGHT = 5.2, 4.4  # inches of a panel
 TITLE, CAPTION = 46, 62  # letters across it
@@ -29,8 +28,7 @@ def draw_figure(found: Found, path: Path) -> None:
     for axes, panel in zip(plots, study.panels, strict=True):
         _draw(axes, found, panel)
     figure.supxlabel(textwrap.fill(_caption(found), CAPTION * count), fontsize=9, parse_math=False)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png")
+    save_figure(figure, path)
 
 
 def _draw(axes: Any, found: Found, panel: Panel) -> None:

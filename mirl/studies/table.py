@@ -1,12 +1,21 @@
-"""A study's results as Markdown: a table for each panel, as in the paper, and one of all encoders."""
+"""A study's results as Markdown: a table for each panel, as in the paper, of differences, and of all encoders."""
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 
 from mirl.studies.definition import Cell, Panel
 from mirl.studies.results import Found, Result
+from mirl.tasks.accuracy import wilson
 from mirl.training.runs import duration
+
+DIFFERENCES = """\
+Points of top-1 by which an encoder is above another, mean over the seeds that both have, with 95 % intervals for the
+number of test images (Newcombe's for two shares, the seeds' answers on an image taken for one). Both saw the same
+images, but results do not keep the answer on each, so that the comparison is unpaired: a paired one would leave less
+open where both err on the same images. Each interval stands for itself, and differences between seeds are not in it.
+"""
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,8 @@ def write_table(found: Found) -> str:
     ]
     for panel in study.panels:
         lines += ["", f"## {panel.title} ({panel.mirrors})", "", *_panel(found, panel)]
+    if differences := _differences(found):
+        lines += ["", "## Differences", "", *DIFFERENCES.splitlines(), "", *differences]
     if encoders := _encoders(found):
         lines += ["", "## All encoders", "", *encoders]
     return "\n".join(lines) + "\n"
@@ -81,6 +92,48 @@ def _panel(found: Found, panel: Panel) -> list[str]:
             row.append((summary.text(len(study.seeds)) if summary else "missing" if cells else "-") + other)
         rows.append(row)
     return _markdown(rows)
+
+
+def _differences(found: Found) -> list[str]:
+    """Return a row for each cell of a panel against that of the first method, and against the first of the axis."""
+    pairs: list[tuple[Cell, Cell]] = []
+    for panel in found.study.panels:
+        cells = {(m, v): at(found, panel, m, v)[:1] for v in panel.values for m in panel.methods}
+        for axis in ("method", "value"):
+            for (method, value), first in cells.items():
+                other = cells[(panel.methods[0], value) if axis == "method" else (method, panel.values[0])]
+                pairs += [(one, another) for one in first for another in other if one != another]
+    rows = [["encoder", "against", "fine-tuned", "linear probe", "k-NN"]]
+    for pair in dict.fromkeys(pairs):
+        seeds = [[replace(cell, seed=seed) for cell in pair] for seed in found.study.seeds]
+        both = [found.of(cells) for cells in seeds if all(cell in found.done for cell in cells)]
+        if both:
+            of_seeds = f" ({len(both)} of {len(seeds)} seeds)" if len(both) < len(seeds) else ""
+            differences = [_difference(both, name) for name in ("finetune", "probe", "knn")]
+            rows.append([_name(pair[0]), _name(pair[1]) + of_seeds, *differences])
+    return _markdown(rows) if rows[1:] else []
+
+
+def _name(cell: Cell) -> str:
+    return f"{cell.method}, depth {cell.depth}" + (f", {cell.replaced} replaced" if cell.replaced else "")
+
+
+def _difference(both: Sequence[Sequence[Result]], name: str) -> str:
+    """Write by how much the first of `both` is above the second, over seeds, with its 95 % interval; "-" if unknown.
+
+    The interval is that of Newcombe (1998, method 10), which is made of Wilson's of both and needs no large numbers.
+    """
+    if not all(name in result.results for pair in both for result in pair):
+        return "-"
+    shares, intervals = [], []
+    for results in zip(*both, strict=True):
+        shares.append(mean(float(result.results[name]["top1"]) for result in results))
+        images = int(results[0].results[name]["images"])
+        intervals.append(wilson(round(shares[-1] * images), images))
+    (first, second), ((low, high), (other_low, other_high)) = shares, intervals
+    below, above = math.hypot(first - low, other_high - second), math.hypot(high - first, second - other_low)
+    apart = first - second
+    return f"{100 * apart:+.1f} ({100 * (apart - below):+.1f} to {100 * (apart + above):+.1f})"
 
 
 def _encoders(found: Found) -> list[str]:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from mirl.training.files import atomic
+from mirl.training.drawing import save_figure
 from mirl.training.reconstructions import Panel, to_rgb
 
 # Figures that are drawn where they are known, alone, and what they are together.
@@ -32,8 +32,7 @@ def draw(columns: Sequence[Panel], path: Path, title: str) -> None:
         for i, pixels in enumerate(to_rgb(panel.images)):
             axes[i, j].imshow(pixels.numpy(), interpolation="nearest")
             axes[i, j].axis("off")
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png")
+    save_figure(figure, path)
 
 
 def contact_sheet(images: Tensor, captions: Sequence[str], path: Path, title: str, *, columns: int = 8) -> None:
@@ -47,8 +46,7 @@ def contact_sheet(images: Tensor, captions: Sequence[str], path: Path, title: st
     for place, pixels, caption in zip(axes, to_rgb(images / 255), captions, strict=False):
         place.imshow(pixels.numpy(), interpolation="nearest")
         place.set_title(caption, fontsize=6, parse_math=False)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png")
+    save_figure(figure, path)
 
 
 def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -83,8 +81,7 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes.tick_params(labelsize=7, which="both")
         axes.grid(alpha=0.3)
     norm.set_yscale("log")
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png")
+    save_figure(figure, path)
 
 
 def _figures(others: set[str]) -> tuple[list[str], str]:
@@ -120,5 +117,4 @@ def draw_gradients(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes.title.set_size(9)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png")
+    save_figure(figure, path)

@@ -1,7 +1,9 @@
 """What was planted in an encoder is what the verdict names; what was not measured is not said."""
 
 import json
+import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,10 +15,11 @@ from tiny_classes import PLAIN, write_encoder, write_patterns
 import mirl
 from mirl.analysis.beginnings import distances, first_seed
 from mirl.analysis.degradation import diagnose
-from mirl.analysis.diagnosis import compare, spans
+from mirl.analysis.diagnosis import ReadOut, compare, spans
 from mirl.analysis.reinitialisation import Trial, counts
 from mirl.analysis.verdict import findings, verdict
 from mirl.errors import UserError
+from mirl.reports.contents import names_of
 from mirl.tasks.settings.diagnosis import DiagnoseOptions
 from mirl.tasks.weights import open_weights
 
@@ -92,7 +95,7 @@ def test_blocks_that_do_nothing_are_named_and_no_others(encoder, tmp_path, capfd
     changed(encoder, silence(2, 5, 6))
     capfd.readouterr()
     (found,) = diagnose(weights=encoder, **LOOK, out=tmp_path / "idle").values()
-    assert found.measures.update[4] == 0 and found.measures.kept(5) == pytest.approx(1, abs=1e-4)
+    assert found.measures.update[4] == 0 and found.measures.kept[4] == pytest.approx(1, abs=1e-4)
     idle = said(tmp_path / "idle")
     assert kinds(idle)["idle"]["blocks"] == [2, 5, 6]
     assert idle["verdict"][0] == "blocks 2, 5-6 of 6 add next to nothing."
@@ -109,36 +112,51 @@ def test_an_encoder_in_which_most_blocks_do_nothing(encoder, tmp_path):
 
 
 def test_small_updates_that_later_blocks_need_are_not_called_nothing(encoder, tmp_path):
-    diagnose(weights=encoder, **LOOK, out=tmp_path)
     d = diagnose(weights=encoder, **LOOK, out=tmp_path)["encoder"]
     small = [0.3, 0.3, 0.005, 0.3, 0.3, 0.3]
-    alike = [[1.0] * 7] * 7
-    d.measures.__dict__.update(update=small, cka=alike)
-    for without, words in ((0.7, "hardly change their tokens, yet what follows needs it"), (0.99, "next to nothing")):
+    d.measures.__dict__.update(update=small, kept=[1.0] * 6)
+    for without, words in (
+        (0.7, "block 3 of 6 hardly changes its tokens, yet what follows needs it."),
+        (0.99, "block 3 of 6 adds next to nothing."),
+        (math.nan, "block 3 of 6 hardly changes its tokens; whether what follows needs it cannot be told."),
+    ):
         d.__dict__.update(without=without)
-        assert words in verdict(d, findings(d))[0]
-    d.measures.__dict__.update(cka=[[0.5] * 7] * 7)  # small beside what all tokens share, and yet all that differs
-    assert "idle" not in {finding.kind for finding in findings(d)}
+        assert verdict(d, findings(d))[0] == words
+    assert findings(d)[0].sentence.startswith("Block 3 changes tokens by 0.5 % of their norm")
+    d.measures.__dict__.update(kept=[0.5] * 6)  # small beside what all tokens share, and yet all that differs
+    slight = {finding.kind: finding for finding in findings(d)}
+    assert "idle" not in slight and "yet what differs between images has CKA 0.500" in slight["slight"].sentence
+    d.measures.__dict__.update(kept=[1.0] * 6)
+    right = torch.tensor([[True] * 30] * 3 + [[False] * 30] * 4)  # only block 3 takes away what is read out
+    read = ReadOut(right, torch.zeros(30), 60)
+    d.__dict__.update(read_outs={"linear": read, "knn": read}, fresh_read_outs={"linear": read, "knn": read})
+    slight = {finding.kind: finding for finding in findings(d)}
+    assert "idle" not in slight and slight["slight"].blocks == (3,)
+    assert "yet the linear read-out finds 100.0 % before and 0.0 % after it, the k-NN" in slight["slight"].sentence
 
 
 def test_lost_classes_are_told_with_the_noise_of_the_test_images(encoder, patterns, tmp_path):
-    options = {"weights": encoder, "data": patterns, "labels": True, "images": 32, "workers": 0}
+    options = {"weights": encoder, "data": patterns, "labels": True, "images": 30, "workers": 0}
     kept = diagnose(**options, out=tmp_path / "kept")["encoder"]
-    assert "lost" not in kinds(said(tmp_path / "kept")) and min(kept.read_outs["linear"].top1) > 0.6
+    assert "lost" not in kinds(said(tmp_path / "kept")) and min(kept.read_outs["linear"].top1[1:]) > 0.6
+    assert kinds(said(tmp_path / "kept"))["no_better"]["blocks"] == [1, 2, 3, 4, 5, 6]  # it was never trained
+    assert "after blocks 1-6 no read-out is shown to be better" in said(tmp_path / "kept")["verdict"][0]
     changed(encoder, drown(5, 6))
     lost = diagnose(**options, out=tmp_path / "lost")["encoder"]
     found = said(tmp_path / "lost")
     linear = found["read_outs"]["linear"]
-    assert linear["top1"] == lost.read_outs["linear"].top1 and len(linear["top1"]) == 6
-    assert linear["top1"][5] < 0.5 and (linear["images"], linear["fitted_on"]) == (160, 160)
+    assert linear["top1"] == lost.read_outs["linear"].top1 and len(linear["top1"]) == 1 + 6
+    assert linear["top1"][6] < 0.5 and (linear["images"], linear["fitted_on"]) == (160, 160)
     assert all(
         low < top1 < high or top1 in (low, high)
         for top1, (low, high) in zip(linear["top1"], linear["interval"], strict=True)
     )
     finding = kinds(found)["lost"]
-    assert finding["blocks"] == [5, 6] and finding["evidence"]["top1"]["6"] == linear["top1"][5]
-    assert f"{100 * linear['top1'][5]:.1f} % after block 6" in finding["sentence"] == found["verdict"][1]
-    assert "after blocks 5-6 the linear read-out is below its best" in found["verdict"][0]
+    assert finding["blocks"] == [5, 6] and finding["evidence"]["top1"]["6"] == linear["top1"][6]
+    assert f"{100 * linear['top1'][6]:.1f} % after block 6" in finding["sentence"] in found["verdict"]
+    linear = lost.read_outs["linear"]
+    lost.fresh_read_outs["linear"] = replace(linear, right=torch.zeros_like(linear.right))  # now all are better
+    assert "after blocks 5-6 the linear read-out is below its best" in verdict(lost, findings(lost))[0]
     assert kinds(found)["rank"]["blocks"][-1] == 6
 
 
@@ -153,8 +171,13 @@ def test_the_comparison_of_read_outs_by_hand():
     one, other = torch.tensor([True] * 60 + [False] * 40), torch.tensor([True] * 45 + [False] * 55)
     test = compare(one, other)
     assert test.share == pytest.approx(0.15) and test.p == pytest.approx(2 * 0.5**15)
-    assert test.margin == pytest.approx(1.96 * np.sqrt(0.15 * 0.85 / 100))
+    n, more, less = 102, 15.5, 0.5  # Agresti and Min: half an image more in each of four counts
+    half = 1.96 * np.sqrt(more + less - (more - less) ** 2 / n) / n
+    assert (test.low, test.high) == pytest.approx((15 / n - half, 15 / n + half))
     assert compare(one, one).p == 1 and compare(one, ~one).share == pytest.approx(0.2)
+    assert compare(one, one).high == -compare(one, one).low == pytest.approx(1.96 / n)
+    few = torch.ones(3, dtype=torch.bool)
+    assert compare(few, ~few).high == 1 and str(compare(few, ~few)).startswith("100.0 points (95 %: ")
 
 
 def test_weights_are_where_they_began_and_move_with_training(run, tmp_path):
@@ -187,7 +210,7 @@ def test_a_classifier_is_looked_at_without_its_head(encoder, tmp_path):
     data = write_patterns(tmp_path / "few", train=8, val=3)
     run = mirl.finetune(weights=encoder, data=data, **PLAIN | {"epochs": 1}, out=tmp_path / "classifier")
     (found,) = diagnose(weights=run, data=data, labels=True, images=12, workers=0).values()
-    assert found.distance is None and encoder in found.distance_unknown and len(found.read_outs["knn"].top1) == 6
+    assert found.distance is None and encoder in found.distance_unknown and len(found.read_outs["knn"].top1) == 1 + 6
 
 
 def test_encoders_of_any_depth_and_form_side_by_side(encoder, run, patterns, tmp_path):
@@ -202,6 +225,29 @@ def test_encoders_of_any_depth_and_form_side_by_side(encoder, run, patterns, tmp
         assert picture.width > 1500 and np.asarray(picture.convert("L")).std() > 10
     again = diagnose(weights=[encoder, run], **LOOK | {"image_size": (16, 32)}, out=tmp_path / "again")
     assert all(d.images == 24 for d in again.values())
+
+
+def test_no_fine_tuning_is_written_outside_of_out(tmp_path):
+    data = write_patterns(tmp_path / "few", train=8, val=3)
+    given = []
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        given.append(write_encoder(tmp_path / place / "encoder"))
+    before = sorted((tmp_path / "a").rglob("*"))
+    options = {"data": data, "workers": 0, "reinit": True, "reinit_blocks": [0], "seeds": 1, "reinit_epochs": 1}
+    found = diagnose(weights=given, **options, out=tmp_path / "out")
+    assert list(found) == ["a/encoder", "b/encoder"] and sorted((tmp_path / "a").rglob("*")) == before
+    assert all((tmp_path / "out" / "reinit" / name / "k00_seed0").is_dir() for name in found)
+    assert names_of([("/", "b", "run"), ("/", "x", "b", "run")]) == ["b/run", "x/b/run"]
+
+
+def test_encoders_that_tell_the_same_images_are_equal(encoder, patterns, tmp_path):
+    twin = shutil.copytree(encoder, tmp_path / "twin")
+    options = {"data": patterns, "labels": True, "images": 16, "workers": 0, "labelled_images": 30}
+    diagnose(weights=[encoder, str(twin)], **options, out=tmp_path / "out")
+    assert "encoder and twin are equal on each of 10 test images, which leave up to 16." in said(tmp_path / "out")[
+        "side_by_side"
+    ][2]  # fmt: skip
 
 
 def test_images_without_any_difference_are_no_reason_to_fail(encoder, tmp_path):
@@ -279,7 +325,7 @@ def test_runs_of_blocks_have_one_name():
         ({"weights": ["{encoder}", "{encoder}/"]}, "encoder/ was given twice; leave one out"),
         ({"weights": "nowhere"}, "'nowhere' is neither a file"),
         ({"data": "nowhere"}, "'nowhere' does not exist"),
-        ({"data": "{tmp}/broken"}, "none of the 2 images can be read, e.g. .*; check the data"),
+        ({"data": "{tmp}/broken"}, "none of 2 images can be read, e.g. .*; check the data"),
         ({"data": "{tmp}/broken", "labels": True}, "has no train/ with val/ or test/"),
         ({"data": "{tmp}/broken", "reinit": True}, "has no train/ with val/ or test/"),
         ({"reinit": True, "reinit_blocks": [7]}, "--reinit_blocks 7 is not allowed: the encoder has 6 blocks"),

@@ -10,7 +10,7 @@ from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 
-from mirl.analysis.representations import attention_entropy, cka, cka_between, finite, observe
+from mirl.analysis.representations import Observation, attention_entropy, cka, cka_between, finite, observe
 from mirl.data.loading import Views
 from mirl.data.sources import open_source
 from mirl.data.transforms import fixed_view, standardise
@@ -71,6 +71,15 @@ def test_cka_of_independent_rows_is_nothing_even_where_they_are_fewer_than_the_w
     )
 
 
+def test_what_a_block_keeps_is_judged_without_what_positions_share():
+    positions, content, other = 10 * random(1, 6, 8), random(40, 6, 8, seed=1), random(40, 6, 8, seed=2)
+    rows = [(positions + part).flatten(0, 1) for part in (content, content, other, torch.zeros(40, 6, 8))]
+    still = dict.fromkeys(("similarity", "norm", "update", "cosine"), [0.0] * 3)
+    measures = Observation(rows, still, 40, ()).measures()
+    assert measures.cka[1][2] > 0.95 and measures.kept[0] == pytest.approx(1) and abs(measures.kept[1]) < 0.1
+    assert math.isnan(measures.kept[2])
+
+
 def test_rows_that_are_all_alike_have_no_cka():
     assert math.isnan(cka(torch.ones(20, 5) / 3, random(20, 5)))
     assert finite({"a": [1.0, math.nan], "b": (math.inf, "c", None)}) == {"a": [1.0, None], "b": [None, "c", None]}
@@ -120,6 +129,8 @@ def test_blocks_are_measured_as_by_hand(changes):
     assert [len(part) for part in seen.rows] == [12 * 16] * 4
     assert measures.cka[1][3] == pytest.approx(cka(rows[1], rows[3]), abs=1e-4)
     assert measures.cka[2][2] == pytest.approx(1)
+    content = [(r - r.mean(dim=0)).flatten(0, 1) for r in (rows[i].unflatten(0, (12, 16)) for i in (1, 2))]
+    assert measures.kept[1] == pytest.approx(cka(*content), abs=1e-4) and len(measures.kept) == 3
     assert all(0 < value <= 1 for value in measures.entropy)
     assert not any(block._forward_hooks for block in model.blocks)
 

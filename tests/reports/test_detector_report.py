@@ -10,9 +10,9 @@ from written_runs import write_detector, write_precisions, write_results, write_
 from mirl.reports.charts import draw
 from mirl.reports.contents import read_run, read_runs
 from mirl.reports.curves import curves
+from mirl.reports.judged import judgements
 from mirl.reports.page import LIMIT, report
 from mirl.reports.panels import SHEET_BYTES
-from mirl.reports.precision import precisions
 from mirl.reports.sections import sections
 from mirl.reports.tables import key_figures, results, side_by_side, status
 from mirl.training.pictures import draw_curves
@@ -80,7 +80,7 @@ def test_tables_of_average_precision(folder, tmp_path):
     assert not results([read_run(folder)])  # they are no accuracies
     moved = write_detector(tmp_path / "run")
     write_precisions(moved / "evaluations/other/results.json", "other")
-    table, *classes = precisions([read_run(moved)])
+    table, *classes = judgements([read_run(moved)], "detect")
     assert table.head == ("data", "of", "AP", "AP50", "AP75", "small", "medium", "large")
     assert [row[:4] for row in table.rows] == [
         ("coco, held out, 5,000 images", "boxes", "40.0 %", "61.0 %"),
@@ -97,7 +97,7 @@ def test_tables_of_average_precision(folder, tmp_path):
 def test_of_many_classes_the_hardest_are_listed(tmp_path):
     folder = write_detector(tmp_path / "run")
     write_precisions(folder / "results.json", "lvis", classes=[(f"c{i}", 1 - i / 1203, None) for i in range(1203)])
-    _, classes = precisions([read_run(folder)])
+    _, classes = judgements([read_run(folder)], "detect")
     assert classes.caption.startswith("100 of 1,203 classes") and len(classes.rows) == 100
     assert classes.rows[0][0] == "c1202"
 
@@ -139,7 +139,7 @@ def test_two_detectors(folder, tmp_path):
         assert all(line.style != "faint" for line in chart.lines)  # nothing stands before the training loss
     first, second = lines_of(runs, "mask")
     assert second.y[-1] == pytest.approx(2 * first.y[-1])
-    assert [row[0] for row in precisions(runs)[0].rows] == ["b c", "b c", "other", "other"]
+    assert [row[0] for row in judgements(runs, "detect")[0].rows] == ["b c", "b c", "other", "other"]
 
 
 def test_a_detector_and_the_pre_training_that_it_began_with(folder, tmp_path):

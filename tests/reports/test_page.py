@@ -43,7 +43,7 @@ def test_a_real_run(real):
     assert path == real / "report.html" and path.stat().st_size < LIMIT
     assert anchors(path) == ANCHORS
     text = words(path)
-    for part in ("finished after 12 steps", "shapes:100", "vit_ti_4", "held-out loss", "no stop, no skipped step"):
+    for part in ("finished after 12 steps", "shapes:106", "vit_ti_4", "held-out loss", "no stop, no skipped step"):
         assert part in text
     assert f'timm.create_model("local-dir:{real}/encoder", pretrained=True)' in text.replace("&#34;", '"')
     assert f"mirl pretrain --config {real}/config.yaml --out runs/again" in text
@@ -57,7 +57,8 @@ def test_a_real_run(real):
 
 
 def test_everything_that_a_run_may_have(rich, tmp_path):
-    path = report([str(rich)], out=str(tmp_path / "page.html"))
+    path = report(rich, out=str(tmp_path / "page.html"))  # as mirl.pretrain returns it
+    assert words(report(str(rich), out=str(tmp_path / "same.html"))) == words(path)
     text = words(path)
     for part in (
         "fine-tuned",
@@ -260,16 +261,51 @@ def test_the_scale_of_colours():
     assert ramp(-1) == ramp(0) and ramp(2) == ramp(1)
 
 
-def test_files_of_another_shape_are_passed_over(tmp_path):
-    folder = write_run(tmp_path / "run")
+@pytest.fixture
+def small(tmp_path):
+    """A run of options alone."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("method: mirl\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "path, content",
+    [
+        ("results.json", {"weights": {"top1": 0.5, "interval": 3}}),
+        ("results.json", {"weights": {"top1": 0.5, "per_class": [1, 2]}}),
+        ("results.json", {"average": 0.5}),
+        ("readouts/a.json", {"options": [1], "blocks": {"1": {"knn": {"top1": 0.3}}}}),
+        ("readouts/a.json", {"blocks": {"1": {"knn": {"top1": 0.3}}, "2": None}}),
+        ("readouts/a.json", {"blocks": {"1": {"knn": {"top1": 0.1, "interval": 4}}, "2": {"knn": {"top1": 0.1}}}}),
+        ("evaluations/x/results.json", {"accuracy": [1]}),
+        ("diagnosis/diagnosis.json", {"encoders": [{"verdict": 3}]}),
+        ("diagnosis/diagnosis.json", {"encoders": [None]}),
+        ("diagnosis/diagnosis.json", [[1, 2]]),
+    ],
+    ids=str,
+)
+def test_results_of_another_form_are_named(small, path, content):
+    (small / path).parent.mkdir(parents=True, exist_ok=True)
+    (small / path).write_text(json.dumps(content))
+    assert f"{path} of run could not be read." in words(write_report(small))
+
+
+def test_results_that_lack_something_are_shown_as_far_as_they_go(tmp_path):
+    folders = [write_run(tmp_path / name, steps=2, evaluations=1, images=1) for name in "ab"]
     for path, content in {
-        "diagnosis/diagnosis.json": {"encoders": [None, {"verdict": ["a verdict"]}]},
-        "readouts/probe.json": {"command": "probe", "blocks": {"last": {"linear": {"top1": 0.5}}, "1": None}},
+        "diagnosis/diagnosis.json": {"encoders": [{}, {"verdict": ["a verdict"]}]},
+        "readouts/probe.json": {"command": "probe", "blocks": {"last": {"linear": {"top1": 0.5}}, "1": {}}},
         "readouts/knn.json": {"blocks": {"1": {"k=10": {"top1": 0.5, "interval": [None, 1]}}}},
+        "readouts/nothing.json": {"blocks": {"1": {}, "2": {}}},
     }.items():
-        (folder / path).parent.mkdir(exist_ok=True)
-        (folder / path).write_text(json.dumps(content))
-    with open(folder / "metrics.jsonl", "a") as file:
-        for row in ({"kind": "train", "loss": "x"}, {"kind": "gradients", "encoder": 1, "blocks": [1, "a"]}):
-            file.write(json.dumps(row | {"step": 1, "epoch": 1}) + "\n")
-    assert "a verdict" in words(write_report(folder))
+        (folders[0] / path).parent.mkdir(exist_ok=True)
+        (folders[0] / path).write_text(json.dumps(content))
+    write_rows(folders[0], [
+        {"kind": "train", "step": 1, "epoch": 1, "loss": "x"},
+        {"kind": "gradients", "step": 1, "epoch": 1, "encoder": 1, "blocks": [1, "a"]},
+    ])  # fmt: skip
+    for runs in (folders[:1], folders):
+        text = words(report([str(run) for run in runs], out=str(tmp_path / "page.html")))
+        assert "a verdict" in text and "could not be read" not in text

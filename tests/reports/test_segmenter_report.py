@@ -9,7 +9,7 @@ from written_runs import write_detector, write_overlaps, write_rows, write_segme
 
 from mirl.reports.contents import read_run, read_runs
 from mirl.reports.curves import curves
-from mirl.reports.overlap import confusions, overlaps
+from mirl.reports.judged import confusions, judgements
 from mirl.reports.page import LIMIT, report
 from mirl.reports.sections import sections
 from mirl.reports.tables import key_figures, results, side_by_side
@@ -75,7 +75,7 @@ def test_tables_of_overlap(tmp_path):
     write_overlaps(folder / "evaluations/other/results.json", "other", multi_scale=True)
     run = read_run(folder)
     assert not results([run])  # they are no accuracies of images
-    table, *classes = overlaps([run])
+    table, *classes = judgements([run], "segment")
     assert table.head == ("data", "mean IoU", "pixel accuracy", "class accuracy")
     assert table.rows == (
         ("streets, held out, 2,000 images", "40.0 %", "80.0 %", "50.0 %"),
@@ -94,7 +94,7 @@ def test_a_run_that_was_also_judged_at_several_sizes(tmp_path):
     folder = write_segmenter(tmp_path / "run")
     document = json.loads((folder / "results.json").read_text())
     (folder / "results.json").write_text(json.dumps(document | {"multi_scale": document | {"miou": 0.45}}))
-    assert [row[:2] for row in overlaps([read_run(folder)])[0].rows] == [
+    assert [row[:2] for row in judgements([read_run(folder)], "segment")[0].rows] == [
         ("streets, held out, 2,000 images", "40.0 %"),
         ("streets, held out, 2,000 images, several sizes", "45.0 %"),
     ]
@@ -129,7 +129,7 @@ def test_two_segmenters(folder, tmp_path):
     first, second = lines_of(runs, "decode")
     assert second.y[-1] == pytest.approx(2 * first.y[-1])
     assert [line.label for line in lines_of(runs, "miou")] == ["b c", "other"]
-    assert [row[0] for row in overlaps(runs)[0].rows] == ["b c", "other"] and len(confusions(runs)) == 2
+    assert [row[0] for row in judgements(runs, "segment")[0].rows] == ["b c", "other"] and len(confusions(runs)) == 2
     assert ("mean IoU", "40.0 %", "40.0 %") in side_by_side(runs).rows
 
 

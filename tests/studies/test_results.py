@@ -35,8 +35,23 @@ def test_a_table_has_means_over_seeds_and_names_what_is_missing(tmp_path):
         "| truncated_mae | 50.0 (1 of 2 seeds) | 52.0 ± 2.0 |",  # nothing left out is MAE
         "| mae | 2 | 0.500 ± 0.000 | 42.0 ± 2.0 | 42.0 ± 2.0 | 50 s |",
         "| truncated_mae, without the last 2 | 4 | 0.500 ± 0.000 | 52.0 ± 2.0 | 52.0 ± 2.0 | 50 s |",
+        f"| mae, depth 4 | mae, depth 2 (1 of 2 seeds){3 * ' | +10.0 (+3.1 to +16.8)'} |",
+        "| mae, depth 4, 2 replaced | mae, depth 4 (1 of 2 seeds) | +2.5 (-4.4 to +9.4) | - | - |",
+        f"| truncated_mae, depth 4, 2 replaced | mae, depth 4 (1 of 2 seeds){3 * ' | +0.0 (-6.9 to +6.9)'} |",
     ]  # fmt: skip
     assert [row for row in rows if row not in table.splitlines()] == []
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "interval"),  # Newcombe 1998, table II, two examples, method 10
+    [((56, 70), (48, 80), "+20.0 (+5.2 to +33.4)"), ((10, 10), (0, 10), "+100.0 (+60.8 to +100.0)")],
+)
+def test_differences_have_the_interval_of_newcombe(tmp_path, first, second, interval):
+    study = small_study(tmp_path, seeds=[0])
+    for method, (right, images) in {"mirl": first, "mae": second}.items():
+        pretend(study, Cell(method, 2, 0, 0), right / images, images=images)
+    rows = write_table(find_results(study)).splitlines()
+    assert f"| mirl, depth 2 | mae, depth 2 | {interval} | {interval} | {interval} |" in rows
 
 
 def test_a_truncated_mae_without_mae_beside_it_has_no_first_point(tmp_path):

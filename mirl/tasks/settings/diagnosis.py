@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mirl.errors import UserError
 from mirl.tasks.options import COUNT, SEED, Ranges
+from mirl.tasks.places import beside
 from mirl.tasks.settings.features import PIXELS, ReadingOptions
 
 
@@ -16,7 +17,7 @@ class _Diagnose:
     data: str = "shapes"
     """images: a folder, a glob, a list of paths, or `shapes`; for --labels class folders, as `mirl knn` reads them"""
     labels: bool = False
-    """read every block out (linear, k-NN), as --reinit does too"""
+    """read every block out (linear, k-NN), and those of fresh weights, as --reinit does too"""
     val_fraction: float | None = None
     """share of each class to test on, where class folders have no train/ and val/ or test/"""
     images: int = 256
@@ -72,5 +73,4 @@ class DiagnoseOptions(ReadingOptions, _Diagnose):
         """Where results go."""
         if self.out:
             return Path(self.out)
-        run = Path(self.weights[0]).expanduser()
-        return (run if len(self.weights) == 1 and (run / "config.yaml").exists() else Path()) / "diagnosis"
+        return (beside(self.weights[0]) if len(self.weights) == 1 else Path()) / "diagnosis"
