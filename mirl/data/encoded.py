@@ -1,13 +1,26 @@
-"""Images that a source holds as the bytes of files: in shards, in tables. They are decoded as files are."""
+"""Images that a source has as files or as the bytes of files, in shards, in tables: one can ask for them undecoded."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 
 from mirl.data.pictures import Picture, picture_in
 
 
-class EncodedImages(ABC):
+class Undecoded(ABC):
+    """What a source may offer beside whole images."""
+
+    @abstractmethod
+    def open(self, index: int) -> Picture:
+        """Return the image as one to ask for boxes, or raise `BadImage`."""
+
+    def beforehand(self, indices: Sequence[int]) -> int:
+        """Read the first of some images' files together, for `open` or `read`; return how many need no further call."""
+        return len(indices)
+
+
+class EncodedImages(Undecoded):
     """What reading needs beside `content`, of which subclasses say where it is.
 
     Args:

@@ -9,8 +9,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar, cast
 
@@ -31,6 +29,7 @@ TRANSIENT = {
 }  # fmt: skip
 
 T = TypeVar("T")
+Outcome = tuple[Any, None] | tuple[None, Exception]  # what a call returned, or what it raised
 
 
 class Unread(OSError):
@@ -40,106 +39,119 @@ class Unread(OSError):
 def patiently(read: Callable[..., T], path: str | os.PathLike[str], *arguments: Any) -> T:
     """Return `read(path, *arguments)`, called in another thread; try again when it hangs or fails for a moment.
 
-    What `beforehand` has read is returned at once.
+    What came of the same call in `beforehand` is the first try.
 
     Raises:
         Unread: if the last try took more than `SECONDS` or failed for a moment again.
         UserError: if so many reads of this process hang that the file system must be at fault.
         Exception: what else `read` raises, at once.
     """
-    if (read, path) in (read_already := _at_hand()):
-        return cast(T, read_already.pop((read, path)))
+    at_hand = _at_hand()
     for number in range(1, TRIES + 1):
-        try:
-            return _reader().call(partial(read, path, *arguments))
-        except _Late:
-            _leave_behind(path)
+        value, error = at_hand.pop((read, path, *arguments), None) or _outcomes(read, [(path, *arguments)])[0]
+        if error is None:
+            return cast(T, value)
+        if isinstance(error, _Late):
             fault = f"within {SECONDS:g} s"
-        except OSError as error:
-            if error.errno not in TRANSIENT:
-                raise
+        elif isinstance(error, OSError) and error.errno in TRANSIENT:
             fault = f"({error.strerror})"
+        else:
+            raise error
         if number < TRIES:
             time.sleep(PAUSE * number)
     raise Unread(f"cannot be read {fault}, tried {TRIES} times")
 
 
-def beforehand(read: Callable[..., Any], paths: Sequence[str]) -> int:
-    """Read the first of some files together, for calls of `patiently` that follow; return how many were tried.
+def beforehand(read: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> int:
+    """Make the first of some calls together, for those of `patiently` that follow; return how many were made.
 
     Handing one read over makes this thread wait, often to go on with another core's cold caches: together, an image
-    takes a tenth less time (docs/performance.md). A file that fails or hangs is left to `patiently`.
+    takes a tenth less time (docs/performance.md).
+
+    Args:
+        calls: a path and the other arguments of each.
+
+    Raises:
+        UserError: as `patiently` does.
     """
     at_hand = _at_hand()
     at_hand.clear()
-    tried: list[str] = []
-    results: dict[str, Any] = {}
-    try:
-        _reader().call(partial(_read_together, read, paths, tried, results))
-    except _Late:
-        _leave_behind(tried[-1] if tried else paths[0])
-    at_hand.update(((read, path), results[path]) for path in tried if path in results)
-    return len(tried)
+    outcomes = _outcomes(read, calls) if calls else []
+    at_hand.update(((read, *call), outcome) for call, outcome in zip(calls, outcomes, strict=False))
+    return len(outcomes)
 
 
-def _read_together(read: Callable[..., Any], paths: Sequence[str], tried: list[str], results: dict[str, Any]) -> None:
+def _at_hand() -> dict[tuple[Any, ...], Outcome]:
+    """Return what came of the calls that this thread had made beforehand, by function and arguments."""
+    if not hasattr(_of_thread, "at_hand"):
+        _of_thread.at_hand = {}
+    return cast(dict[tuple[Any, ...], Outcome], _of_thread.at_hand)
+
+
+def _outcomes(read: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Outcome]:
+    """Return what came of the first of some calls; a reader that is late is left behind."""
+    outcomes = _reader().read(read, calls)
+    if isinstance(outcomes[-1][1], _Late):
+        _leave_behind(calls[len(outcomes) - 1][0])
+    return outcomes
+
+
+def _read_together(read: Callable[..., Any], calls: Sequence[tuple[Any, ...]], outcomes: list[Outcome]) -> None:
     size, began = 0, time.monotonic()
-    for path in paths:
-        tried.append(path)
-        with suppress(Exception):
-            results[path] = read(path)
-        size += len(results[path]) if isinstance(results.get(path), bytes) else TOGETHER[0]
+    for call in calls:
+        outcomes.append(_outcome(read, call))
+        value, error = outcomes[-1]
+        if error is None:
+            size += len(value) if isinstance(value, bytes) else TOGETHER[0]
         if size >= TOGETHER[0] or time.monotonic() - began > TOGETHER[1]:
             return
 
 
-def _at_hand() -> dict[tuple[Callable[..., Any], str | os.PathLike[str]], Any]:
-    """Return what this thread has had read, and not asked for."""
-    if not hasattr(_of_thread, "at_hand"):
-        _of_thread.at_hand = {}
-    return cast(dict[tuple[Callable[..., Any], str | os.PathLike[str]], Any], _of_thread.at_hand)
+def _outcome(read: Callable[..., Any], call: tuple[Any, ...]) -> Outcome:
+    try:
+        return read(*call), None
+    except Exception as error:
+        return None, error
 
 
 class _Late(Exception):
-    """The reader has not answered in time."""
+    """A reader has not answered in time."""
 
 
 class _Reader:
-    """A thread that calls what it is given, one after another, until this object is dismissed or gone."""
+    """A thread that makes the calls it is given, until this object is dismissed or gone."""
 
     def __init__(self) -> None:
-        self._calls: SimpleQueue[tuple[Callable[[], Any], SimpleQueue[Any]] | None] = SimpleQueue()
+        self._shares: SimpleQueue[Any] = SimpleQueue()
         # The thread holds the queue alone, so that it ends with the thread whose reader this is.
-        self.thread = threading.Thread(target=_answer, args=(self._calls,), daemon=True)
+        self.thread = threading.Thread(target=_answer, args=(self._shares,), daemon=True)
         self.thread.start()
 
-    def call(self, function: Callable[[], T]) -> T:
-        # A queue for each answer: that of a call which a signal broke off must not be taken for the next one's.
-        answers: SimpleQueue[tuple[T, None] | tuple[None, Exception]] = SimpleQueue()
-        self._calls.put((function, answers))
+    def read(self, read: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Outcome]:
+        """Return what came of the first of some calls; `_Late` for the one that has no answer in time."""
+        # For each share its own: the answer of one which a signal broke off must not be taken for the next one's.
+        outcomes: list[Outcome] = []
+        done: SimpleQueue[None] = SimpleQueue()
+        self._shares.put((read, calls, outcomes, done))
         try:
-            value, error = answers.get(timeout=SECONDS)
-        except Empty:
-            raise _Late from None
-        if error is not None:
-            raise error
-        return cast(T, value)
+            done.get(timeout=SECONDS)
+        except Empty:  # the thread may go on with the list
+            return [*outcomes, (None, _Late())][: len(calls)]
+        return outcomes
 
     def dismiss(self) -> None:
         """Let the thread end once it has done what it was given."""
-        self._calls.put(None)
+        self._shares.put(None)
 
     __del__ = dismiss
 
 
-def _answer(calls: "SimpleQueue[Any]") -> None:
-    while (call := calls.get()) is not None:
-        function, answers = call
-        try:
-            answers.put((function(), None))
-        except Exception as error:
-            answers.put((None, error))
-        del call, function, answers  # they may hold an image while the next call is long in coming
+def _answer(shares: "SimpleQueue[Any]") -> None:
+    while (share := shares.get()) is not None:
+        *task, done = share
+        _read_together(*task)
+        done.put(None)
+        del share, task, done  # they may hold an image while the next share is long in coming
 
 
 _of_thread = threading.local()  # a reader for each thread that reads

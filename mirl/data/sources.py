@@ -25,7 +25,7 @@ from mirl.data.decode import (
     read_file,
     read_image,
 )
-from mirl.data.encoded import EncodedImages
+from mirl.data.encoded import Undecoded
 from mirl.data.huggingface import open_table
 from mirl.data.packed import PackedStrings
 from mirl.data.path_index import cache_folder, remembered
@@ -78,17 +78,15 @@ class Source(Protocol):
 
 def opened(source: Source, index: int) -> Picture:
     """Return an image whose pixels are decoded when a box is asked for, where the source can, or raise `BadImage`."""
-    if isinstance(source, ImageFiles | EncodedImages):
-        return source.open(index)
-    return DecodedPicture(source.read(index))
+    return source.open(index) if isinstance(source, Undecoded) else DecodedPicture(source.read(index))
 
 
 def beforehand(source: Source, indices: Sequence[int]) -> int:
-    """Read the first of some images' files together, if the source is files; return how many need no further call."""
-    return source.beforehand(indices) if isinstance(source, ImageFiles) else len(indices)
+    """Read the first of some images' files together, where the source can; return how many need no further call."""
+    return source.beforehand(indices) if isinstance(source, Undecoded) else len(indices)
 
 
-class ImageFiles:
+class ImageFiles(Undecoded):
     """The image files of a folder, a glob or a list; opened only when they are read.
 
     Args:
@@ -137,7 +135,7 @@ class ImageFiles:
 
     def beforehand(self, indices: Sequence[int]) -> int:
         """Read the first of some images' files together; return how many need no further call."""
-        paths = [path for path in map(self.path_of, indices) if not is_array(path)]
+        paths = [(path,) for path in map(self.path_of, indices) if not is_array(path)]
         return reading.beforehand(read_file, paths) if len(paths) == len(indices) else len(indices)
 
 

@@ -130,7 +130,8 @@ def test_bytes_that_trickle_count_against_the_time(tmp_path):
 
 
 @leases
-def test_files_read_together_are_those_read_alone_and_one_that_hangs_holds_none_up(tmp_path, hold):
+def test_files_read_together_are_those_read_alone_and_one_that_hangs_holds_none_up(tmp_path, hold, monkeypatch):
+    monkeypatch.setattr(reading, "_left_behind", [])
     photos = [tmp_path / f"{number}.jpg" for number in range(6)]
     for number, path in enumerate(photos):
         Image.new("RGB", (20, 10), (40 * number, 0, 0)).save(path)
@@ -144,6 +145,7 @@ def test_files_read_together_are_those_read_alone_and_one_that_hangs_holds_none_
     samples = views.__getitems__([(0, index) for index in range(6)])
     assert [len(sample.images) for sample in samples] == [1, 1, 1, 0, 0, 1]
     assert [sample.bad[0][1] for sample in samples[3:5]] == ["cannot be read within 0.3 s, tried 3 times", "is missing"]
+    assert len(reading._left_behind) == 3
 
 
 def test_files_are_read_together_up_to_a_size(tmp_path, monkeypatch):
@@ -155,12 +157,38 @@ def test_files_are_read_together_up_to_a_size(tmp_path, monkeypatch):
         return b"x" * 40
 
     names = [str(number) for number in range(6)]
-    assert beforehand(read, names) == 3 and [name for name, _ in handed] == names[:3]
+    calls = [(name,) for name in names]
+    assert beforehand(read, calls) == 3 and [name for name, _ in handed] == names[:3]
     assert [patiently(read, name) for name in names[:3]] == [b"x" * 40] * 3 and len(handed) == 3
     assert patiently(read, "0") == b"x" * 40 and len(handed) == 4  # what was asked for is not kept
-    assert beforehand(read, names) == 3 and beforehand(read, names[3:]) == 3
+    assert beforehand(read, calls) == 3 and beforehand(read, calls[3:]) == 3
     patiently(read, "0")
     assert len(handed) == 11  # nor what was not, once others are read
+    assert beforehand(read, []) == 0
+
+
+def test_what_came_of_reading_together_is_the_first_try():
+    handed, codes = [], {"busy": errno.EIO, "gone": errno.ENOENT}
+
+    def read(name, part):
+        handed.append((name, part))
+        if name in codes:
+            raise OSError(codes[name], os.strerror(codes[name]))
+        return f"{name} {part}"
+
+    calls = [("gone", 0), ("busy", 0), ("good", 0), ("good", 1)]
+    assert beforehand(read, calls) == 1 + 1 + 1  # up to a value that is not bytes, whose size is not known
+    assert handed == calls[:3]
+    assert [patiently(read, "good", part) for part in (1, 0)] == ["good 1", "good 0"] and len(handed) == 4
+    with pytest.raises(FileNotFoundError):
+        patiently(read, "gone", 0)
+    assert handed.count(("gone", 0)) == 1
+    with pytest.raises(Unread, match=r"cannot be read \(Input/output error\), tried 3 times"):
+        patiently(read, "busy", 0)
+    assert handed.count(("busy", 0)) == 3
+    codes.clear()
+    beforehand(read, calls)  # while nothing fails any more
+    assert patiently(read, "gone", 0) == "gone 0"
 
 
 def failing(code, times):

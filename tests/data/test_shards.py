@@ -14,7 +14,9 @@ from PIL import Image
 from safetensors.numpy import save
 
 import mirl
+from mirl.data import reading
 from mirl.data.decode import BadImage
+from mirl.data.loading import Views
 from mirl.data.shards.images import ShardImages
 from mirl.data.shards.names import expand, names_shards
 from mirl.data.shards.tar_index import FORMAT, Index, scan
@@ -87,6 +89,22 @@ def test_images_of_shards_are_those_of_files(folder):
     assert torch.equal(opened(source, 7).region(box, size), opened(files, 0).region(box, size))
     copy = pickle.loads(pickle.dumps(source))
     assert torch.equal(copy.read(11), source.read(11)) and names(copy) == names(source)
+
+
+def test_images_are_read_together_as_far_as_their_shards_are_open(folder, monkeypatch):
+    shares = []
+    together = reading._read_together
+    monkeypatch.setattr(reading, "_read_together", lambda *share: (shares.append(len(share[1])), together(*share)))
+    source = open_source("s/{000..002}.tar")
+    views = Views(source, np.arange(12), lambda image: image)
+    keys = [(0, index) for index in (0, 1, 4, 2, 5, 6)]
+    samples = views.__getitems__(keys)
+    assert shares == [1, 1, 1, 1, 1, 3]  # opened and read; the next of it; the other shard; from then on together
+    assert all(torch.equal(one.images[0], source.read(index)) for one, (_, index) in zip(samples, keys, strict=True))
+    shares.clear()
+    assert [len(sample.images) for sample in views.__getitems__(keys)] == [1] * 6 and shares == [6]
+    (folder / "001.tar").write_bytes(b"")
+    assert [len(sample.images) for sample in views.__getitems__(keys)] == [1, 1, 0, 1, 0, 0]
 
 
 def test_many_shards_need_few_open_files(folder, monkeypatch):

@@ -58,12 +58,14 @@ class ShardCache:
         self.folder, self.limit = folder, float(text) * 2**30
         self._remove_unfinished()
 
-    def fetched(self, url: str, *, size: int | None = None, sha256: str = "", version: str = "") -> Path:
+    def fetched(
+        self, url: str, *, size: int | None = None, sha256: str = "", version: str = "", ahead: bool = False
+    ) -> Path:
         """Return where the file at `url` is on this machine; fetch it if it is not there yet.
 
         Args:
             size: bytes, sha256: checksum that the file must have, where they are known. version: what tells it from
-                others that were at this address.
+                others that were at this address. ahead: nobody waits for it yet: whoever will is not spared the tries.
 
         Raises:
             Unread: if it cannot be fetched, or is not what was expected; FileNotFoundError: if there is no such file.
@@ -78,8 +80,9 @@ class ShardCache:
                     try:
                         _asked(url, partial(self._fetch, url, path, size, sha256))
                     except OSError as error:
-                        with suppress(OSError):  # of a disk that is full
-                            failed.write_text(f"{type(error) is FileNotFoundError:d}{error}", encoding="utf-8")
+                        if not ahead:
+                            with suppress(OSError):  # of a disk that is full
+                                failed.write_text(f"{type(error) is FileNotFoundError:d}{error}", encoding="utf-8")
                         raise
         with suppress(OSError):  # of a cache that was filled by someone else, or deleted by another process just now
             os.utime(path)

@@ -6,11 +6,13 @@ processes and workers are what they are for files (`mirl/data/order.py` for the 
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 
+from mirl.data import reading
 from mirl.data.decode import BadImage, only_bad_image
 from mirl.data.encoded import EncodedImages
 from mirl.data.order import HELD_OUT_SHARDS, WINDOW
@@ -25,26 +27,26 @@ class ShardImages(EncodedImages):
     """The images of tar shards.
 
     Args:
-        index: where they are. fetched: returns the path of a shard on this machine, or raises OSError.
+        index: where they are. fetched: returns the path of a shard on this machine, or raises OSError; where one is
+            elsewhere, `ahead=True` says that nobody waits for it yet.
+        ahead: shards for which this machine has room beside those that are read at a time; None if none is elsewhere,
+            or those have no room.
     """
 
     def __init__(
-        self, index: Index, fetched: Callable[[Shard], str], channels: int, warnings: tuple[str, ...] = ()
-    ) -> None:
+        self, index: Index, fetched: Callable[..., str], channels: int, warnings: tuple[str, ...] = (),
+        ahead: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(channels, warnings)
-        self.index, self.ends, self.fetched = index, index.ends, fetched
+        self.index, self.ends, self.fetched, self.ahead = index, index.ends, fetched, ahead
         self.ignored = sum(shard.ignored for shard in index.shards)
-        self._files: OrderedDict[int, int] = OrderedDict()  # shard -> open file
+        self._files: OrderedDict[int, OpenFile] = OrderedDict()  # shard -> open file
 
     def __len__(self) -> int:
         return len(self.index.members)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_files": OrderedDict()}
-
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # when Python ends, `os` may be gone
-        while getattr(self, "_files", None):
-            close(self._files.popitem()[1])
 
     def shard_of(self, index: int) -> int:
         """Return the number of the shard that has the image."""
@@ -56,34 +58,60 @@ class ShardImages(EncodedImages):
 
     def content(self, index: int) -> tuple[bytes, str]:
         """Return the bytes of an image's file and its name in the shard, or raise `BadImage`."""
-        offset, size = int(self.index.members.blocks[index]) * BLOCK, int(self.index.members.sizes[index])
-        shard = self.shard_of(index)
         with only_bad_image():
-            file = self._file(shard)
+            part = self._part_of(index)
             try:
-                content = patiently(_part, self.index.shards[shard].name, file, size, offset)
+                content = patiently(_part, *part)
             except OSError:
-                os.close(self._files.pop(shard))  # a handle may be stale for ever
+                del self._files[self.shard_of(index)]  # a handle may be stale for ever
                 raise
-        if len(content) < size:
+        if len(content) < part[2]:
             raise BadImage("is missing: its shard is cut short")
         return content, self.index.members.name(index)
 
-    def _file(self, shard: int) -> int:
+    def beforehand(self, indices: Sequence[int]) -> int:
+        """Read the first of some images' files together, whose shards are open; one is left to `content` at least.
+
+        Return how many need no further call. A shard is opened, and fetched, when its first image is read.
+        """
+        known = takewhile(lambda index: self.shard_of(index) in self._files, indices)
+        return reading.beforehand(_part, list(map(self._part_of, known))) or 1
+
+    def _part_of(self, index: int) -> "tuple[str, OpenFile, int, int]":
+        """Return what `_part` takes."""
+        shard, members = self.shard_of(index), self.index.members
+        offset, size = int(members.blocks[index]) * BLOCK, int(members.sizes[index])
+        return self.index.shards[shard].name, self._file(shard), size, offset
+
+    def _file(self, shard: int) -> "OpenFile":
         """Return the open file of a shard; so many shards stay open."""
         if shard not in self._files:
             if len(self._files) >= OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
+                self._files.popitem(last=False)
             self._files[shard] = self._opened(self.index.shards[shard])
         self._files.move_to_end(shard)
         return self._files[shard]
 
-    def _opened(self, shard: Shard) -> int:
+    def _opened(self, shard: Shard) -> "OpenFile":
         try:
-            return patiently(os.open, self.fetched(shard), os.O_RDONLY)
+            return patiently(_open, self.fetched(shard))
         except FileNotFoundError:  # another process may have made room just now
-            return patiently(os.open, self.fetched(shard), os.O_RDONLY)
+            return patiently(_open, self.fetched(shard))
 
 
-def _part(_: str | os.PathLike[str], file: int, size: int, offset: int) -> bytes:
-    return os.pread(file, size, offset)
+class OpenFile:
+    """A file that is closed when nobody has it any more: a thread that hangs may still read from it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # when Python ends, `os` may be gone
+        close(self.number)
+
+
+def _open(path: str | os.PathLike[str]) -> OpenFile:
+    return OpenFile(os.open(path, os.O_RDONLY))
+
+
+def _part(_: str | os.PathLike[str], file: OpenFile, size: int, offset: int) -> bytes:
+    return os.pread(file.number, size, offset)

@@ -50,14 +50,17 @@ def open_shards(data: str, channels: int, cache: Path) -> ShardImages:
     index = Index.joined([made[name] if name in made else written[name] for name in names], {})
     if not len(index.members):
         raise UserError(_nothing(data, index))
-    return ShardImages(index, partial(_fetched, store), channels, tuple(_warnings(index, store)))
+    far = sorted((shard.size for shard in index.shards if is_remote(shard.name)), reverse=True)
+    room = store.room() if any(far) else 0.0
+    warnings = tuple(_warnings(index, store, far, room))
+    return ShardImages(index, partial(_fetched, store), channels, warnings, _ahead(far, room))
 
 
-def _fetched(store: ShardCache, shard: Shard) -> str:
-    """Return a shard's path on this machine, fetched if it is elsewhere."""
+def _fetched(store: ShardCache, shard: Shard, ahead: bool = False) -> str:
+    """Return a shard's path on this machine, fetched if it is elsewhere; `ahead` if nobody waits for it yet."""
     if not is_remote(shard.name):
         return shard.name
-    path = store.fetched(shard.name, size=shard.size or None, sha256=shard.sha256, version=shard.version)
+    path = store.fetched(shard.name, size=shard.size or None, sha256=shard.sha256, version=shard.version, ahead=ahead)
     return str(path)
 
 
@@ -215,15 +218,27 @@ def _nothing(data: str, index: Index) -> str:
     return f"{data!r} has no images, but {others}; give shards with .jpg, .png, .webp ... in them"
 
 
-def _warnings(index: Index, store: ShardCache) -> Iterator[str]:
+def _read_at_a_time(far: list[int]) -> int:
+    """Return the bytes of the shards that are read at a time, for the bytes of each, the largest first."""
+    return sum(far[: WINDOW + HELD_OUT_SHARDS])
+
+
+def _ahead(far: list[int], room: float) -> int | None:
+    """Return how many shards have room beside those that are read at a time; None if those have none."""
+    beside = room - _read_at_a_time(far)
+    if not sum(far) or beside < 0:
+        return None
+    return len(far) if sum(far) <= room else int(beside // far[0])
+
+
+def _warnings(index: Index, store: ShardCache, far: list[int], room: float) -> Iterator[str]:
     wrong = [shard for shard in index.shards if shard.problem]
     if wrong:
         named = ", ".join(f"{shard.name} {shard.problem}" for shard in wrong[:NAMED])
         more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
         yield f"{len(wrong)} of {len(index.shards)} shards cannot be read to the end: {named}{more}"
-    far = sorted((shard.size for shard in index.shards if is_remote(shard.name)), reverse=True)
-    at_a_time = sum(far[: WINDOW + HELD_OUT_SHARDS])
-    if at_a_time and at_a_time > (room := store.room()):
+    at_a_time = _read_at_a_time(far)
+    if at_a_time > room:
         yield (
             f"the shards that are read at a time have {at_a_time / 2**30:.3g} GiB, but {store.folder} may take "
             f"{room / 2**30:.3g} ({LIMIT}, or the room on its disk): they will be fetched again and again"
