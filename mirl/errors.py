@@ -1,7 +1,7 @@
 """Mistakes that a user can mend, and how lines name files, counts and the values that are allowed."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -29,8 +29,14 @@ def _escaped(letter: re.Match[str]) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of what an error says, or its type's name where it says nothing."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    """Return the first line of what an error says, of the system's without number and path; else its type's name."""
+    said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return said.splitlines()[0]
+
+
+def none_readable(images: int, bad: Sequence[tuple[str, str]]) -> UserError:
+    """Return what to raise where no image can be read, of which `bad` has (name, reason)."""
+    return UserError(f"none of {plural(images, 'image')} can be read, e.g. {' '.join(bad[0])}; check the data")
 
 
 def plural(count: float, noun: str, ending: str = "s", *, form: str = "") -> str:

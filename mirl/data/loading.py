@@ -20,7 +20,7 @@ from mirl.data.order import ShardOrder
 from mirl.data.pictures import Picture
 from mirl.data.sources import Source, beforehand, opened
 from mirl.data.transforms import RandomCrop
-from mirl.errors import UserError
+from mirl.errors import UserError, plural
 from mirl.models.masking import split
 from mirl.models.patches import Size
 
@@ -166,7 +166,8 @@ class Views(Dataset[Batch]):
         if not self.substitute:
             return Batch(images=torch.empty(0, 0, 0, 0), indices=torch.empty(0), bad=tuple(bad))
         name, reason = bad[-1]
-        raise UserError(f"{len(bad)} images in a row cannot be used, the last: {name} {reason}; check the data")
+        count = plural(len(bad), "image")
+        raise UserError(f"{count} in a row cannot be used, the last: {name} {reason}; check the data")
 
     def __getitems__(self, keys: Sequence[Key]) -> list[Batch]:
         """Return several samples, whose files are read before the first is decoded; PyTorch asks for a batch so."""

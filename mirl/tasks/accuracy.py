@@ -12,9 +12,9 @@ from torch import nn
 
 from mirl.data.loading import LabelledBatch, Views
 from mirl.data.transforms import standardise
-from mirl.errors import UserError
+from mirl.errors import none_readable
 from mirl.tasks.features import batches
-from mirl.training.files import atomic
+from mirl.training.files import atomic, writing
 
 
 @dataclass(frozen=True)
@@ -95,16 +95,14 @@ def predict(
             outputs = classifier(standardise(batch.images.to(device), mean, deviation)).float().cpu()
             parts.append((outputs.numpy(), batch.labels.numpy(), batch.indices.numpy()))
     if not parts:
-        raise UserError(f"none of the {len(dataset)} images can be read, e.g. {' '.join(bad[0])}; check the data")
+        raise none_readable(len(dataset), bad)
     scores, labels, indices = (np.concatenate(part) for part in zip(*parts, strict=True))
     return Predictions(scores, labels, indices, tuple(bad))
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
     """Write `result`, in which accuracies may stand, to a JSON file."""
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as temporary:
             temporary.write_text(json.dumps(result, indent=2, default=asdict) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from error

@@ -65,10 +65,10 @@ class AveragePrecision:
         """Return what a JSON file holds of it: null in place of NaN."""
         rows = [
             {"category": row.category, "name": row.name, "objects": row.objects}
-            | {f"{kind}_ap": _or_none(value) for kind, value in row.ap.items()}
+            | {f"{kind}_ap": or_none(value) for kind, value in row.ap.items()}
             for row in self.per_class
         ]
-        figures = {name: _or_none(value) for name, value in self.figures.items()}
+        figures = {name: or_none(value) for name, value in self.figures.items()}
         return figures | {"images": self.images, "objects": self.objects, "per_class": rows}
 
 
@@ -102,7 +102,7 @@ def average_precision(
             category["id"],
             category["name"],
             counts[category["id"]],
-            {kind: _mean(values[:, :, k, 0]) for kind, values in precisions.items()},
+            {kind: mean_of_known(values[:, :, k, 0]) for kind, values in precisions.items()},
         )
         for k, category in enumerate(categories)
     )
@@ -111,7 +111,7 @@ def average_precision(
 
 
 def _precisions(truth: dict[str, Any], results: Sequence[dict[str, Any]], kind: Kind) -> np.ndarray:
-    """Return precision [t, r, k, a] at 100 detections; -1 where a class has no object in a range of area."""
+    """Return precision [t, r, k, a] at 100 detections; NaN where a class has no object in a range of area."""
     try:
         from faster_coco_eval import COCO, COCOeval_faster, mask
     except ImportError as error:
@@ -126,10 +126,11 @@ def _precisions(truth: dict[str, Any], results: Sequence[dict[str, Any]], kind: 
     expected, given = (COCO(truth | {"annotations": rows}, print_function=_silent) for rows in (objects, found))
     evaluation = COCOeval_faster(expected, given, iouType=IOU_TYPES[kind], print_function=_silent)
     if not (evaluation.params.imgIds and evaluation.params.catIds):
-        return np.full((len(evaluation.params.iouThrs), 1, len(evaluation.params.catIds), 4), -1.0)
+        return np.full((len(evaluation.params.iouThrs), 1, len(evaluation.params.catIds), 4), math.nan)
     evaluation.evaluate()
     evaluation.accumulate()
-    return np.asarray(evaluation.eval["precision"])[..., -1]
+    precision = np.asarray(evaluation.eval["precision"])[..., -1]
+    return np.where(precision < 0, math.nan, precision)  # COCO's way is -1
 
 
 def _silent(_: str) -> None:
@@ -139,14 +140,15 @@ def _silent(_: str) -> None:
 def _figures(precision: np.ndarray) -> dict[str, float]:
     """Summarise precision [t, r, k, a]: thresholds 0 and 5 are IoU 0.50 and 0.75, range 0 is every size."""
     chosen = (precision[..., 0], precision[0, ..., 0], precision[5, ..., 0], *(precision[..., a] for a in (1, 2, 3)))
-    return {name: _mean(values) for name, values in zip(FIGURES, chosen, strict=True)}
+    return {name: mean_of_known(values) for name, values in zip(FIGURES, chosen, strict=True)}
 
 
-def _mean(precision: np.ndarray) -> float:
-    """Average what is known; NaN if nothing is."""
-    known = precision[precision > -1]
+def mean_of_known(values: np.ndarray) -> float:
+    """Average what is not NaN; NaN if nothing is left."""
+    known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else math.nan
 
 
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value
+def or_none(value: float) -> float | None:
+    """Return what JSON can hold of a figure: null in place of NaN."""
+    return None if math.isnan(value) else float(value)

@@ -27,7 +27,7 @@ from mirl.data.loading import LabelledBatch, LabelledImages, Views, collate
 from mirl.data.transforms import fixed_view, normalise
 from mirl.reports.depth import FIGURES
 from mirl.tasks.knn import vote
-from mirl.training.files import atomic
+from mirl.training.drawing import save_figure
 from mirl.training.monitors import Monitor
 from mirl.training.runs import RunFolder
 
@@ -70,12 +70,12 @@ class BlockMonitor:
     ) -> None:  # fmt: skip
         self.channels, self.precision = channels, precision
         view = partial(fixed_view, size=encoder.patch_embed.img_size)
-        seen = spread(held_out.members, min(IMAGES, max(60, between // 20)))
-        self.images = Views(held_out.source, seen, view)
+        seen = evenly(held_out.members, min(IMAGES, max(60, between // 20)))
+        self.images = Views(held_out.source, seen, view, substitute=True)
         looked_at = min(LABELLED, max(600, between // 20))
         counts = (looked_at * 2 // 3, looked_at // 3)
         self.labelled = [
-            LabelledImages(split.source, spread(split.members, count), view, labels=split.labels)
+            LabelledImages(split.source, evenly(split.members, count), view, labels=split.labels, substitute=True)
             for split, count in zip(labelled or (), counts, strict=False)
         ]
         self.classes = len(labelled[0].classes) if labelled else 0
@@ -121,8 +121,6 @@ class BlockMonitor:
         rows, similarities, means, labels = [], [], [], []
         for start in range(0, len(data), CHUNK):
             batch = collate([data[0, i] for i in range(start, min(start + CHUNK, len(data)))])
-            if not len(batch):
-                continue
             labels.append(batch.labels if isinstance(batch, LabelledBatch) else torch.empty(0))
             with torch.autocast(device.type, reduced) if reduced else nullcontext():
                 blocks = encoder.forward_intermediates(
@@ -193,10 +191,9 @@ def draw_blocks(rows: list[dict[str, Any]], path: Path) -> None:
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
     figure.colorbar(ScalarMappable(scale, colours), ax=figure.axes, label="epoch", pad=0.01)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png")
+    save_figure(figure, path)
 
 
-def spread(members: np.ndarray, count: int) -> np.ndarray:
+def evenly(members: np.ndarray, count: int) -> np.ndarray:
     """Keep at most `count` members, spread evenly."""
     return members[np.unique(np.linspace(0, len(members) - 1, count).astype(int))]

@@ -1,6 +1,7 @@
 """The model card that goes with weights: what they are, how to open them, how they were trained, with what result."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import yaml
 
 from mirl.errors import plural
 from mirl.models.weights import AutoencoderWeights, Weights
+from mirl.reports.contents import number
+from mirl.training.runs import read_rows
 
 # Options of the machine and the folder, which say nothing of the weights.
 NOT_OF_THE_RECIPE = (
@@ -95,22 +98,23 @@ def _quoted(value: object) -> str:
 
 def _figures(run: Path) -> str:
     lines = []
-    metrics = run / "metrics.jsonl"
-    written = metrics.read_text().splitlines() if metrics.exists() else []
-    rows = [json.loads(line) for line in written if line.endswith("}")]  # a kill may have cut the last line short
-    held_out = [row for row in rows if row["kind"] == "held_out" and row.get("loss") is not None]
+    held_out = [row for row in read_rows(run) if row["kind"] == "held_out" and number(row.get("loss")) is not None]
     if held_out:
         first, last = held_out[0], held_out[-1]
         lines.append(
             f"Held-out loss: {first['loss']:.4g} before training, {last['loss']:.4g} after "
             f"{plural(last['step'], 'step')}."
         )
-    for name, result in (_read(run / "results.json", json.loads) or {}).items():
-        if isinstance(result, dict) and "top1" in result:
+    for name, result in _read(run / "results.json", json.loads).items():
+        with suppress(KeyError, TypeError, ValueError):  # what is no accuracy
             low, high = result["interval"]
             lines.append(f"Top-1 accuracy ({name}): {result['top1']:.2%} (95 % interval {low:.2%} to {high:.2%}).")
     return "\n\n".join(lines)
 
 
 def _read(path: Path, parse: Any) -> dict[str, Any]:
-    return dict(parse(path.read_text()) or {}) if path.is_file() else {}
+    """Return what a file of a run says, and nothing if it is damaged: the weights can be described without."""
+    try:
+        return dict(parse(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        return {}

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from mirl.data.instances import Category, InstanceBatch, InstanceSplit, InstanceViews, open_instance_test
-from mirl.errors import UserError, plural
+from mirl.errors import UserError, none_readable, plural
 from mirl.tasks.accuracy import write_json
 from mirl.tasks.average_precision import AveragePrecision, average_precision
 from mirl.tasks.detections import Detections, coco_results
 from mirl.tasks.detector import load_detector
 from mirl.tasks.features import batches
 from mirl.training.evaluation import Evaluation
-from mirl.training.files import atomic
+from mirl.training.files import atomic, writing
 from mirl.training.processes import Fabric, from_all
 from mirl.training.runs import console
 
@@ -102,9 +102,10 @@ def evaluate_detector(
     detector = detector.to("cuda" if torch.cuda.is_available() else "cpu")
     judged, results, bad = judge(detector, split, categories, batch_size=batch_size, workers=workers)
     if not judged.images:
-        raise UserError(f"none of {len(split)} images can be read, e.g. {' '.join(bad[0])}; check the data")
+        raise none_readable(len(split), bad)
     write_json(folder / "results.json", {"weights": weights, "data": data, **judged.as_json()})
-    write_detections(results, folder)
+    with writing(folder):
+        write_detections(results, folder)
     for note in (*split.notes, *(f"left out {name}: {reason}" for name, reason in bad)):
         console.print(note, markup=False)
     console.print(f"{data}: {plural(judged.images, 'image')} with {plural(judged.objects, 'object')}", markup=False)

@@ -19,8 +19,8 @@ from mirl.data.instances import Category
 from mirl.data.loading import Batch
 from mirl.data.run_lengths import area, encode_mask
 from mirl.data.sources import Source
-from mirl.errors import UserError, plural
-from mirl.tasks.image_folder import readable, relative_names, save_picture, unused
+from mirl.errors import none_readable, plural
+from mirl.tasks.image_folder import readable, relative_names, replacing, save_picture, unused
 from mirl.training.files import atomic
 from mirl.training.overlays import overlay
 from mirl.training.runs import console
@@ -28,6 +28,8 @@ from mirl.training.runs import console
 Detections = Mapping[str, Tensor]
 Detect = Callable[[list[Tensor]], Sequence[Detections]]
 LISTED = 8  # classes that the closing line counts
+FOLDER, FILE = "overlays", "predictions.json"
+MAKER = "mirl detect --predict"
 
 
 @dataclass(frozen=True)
@@ -86,43 +88,40 @@ def predict_folder(
     """Find objects in images of any size; write `overlays/` and `predictions.json`, a COCO annotation file.
 
     Overlays keep the images' subfolders. Image k of the file is image k - 1 of the source; an annotation also has the
-    `score`. Files that cannot be read are named and left out of both.
+    `score`. Files that cannot be read are named and left out of both. In the end they replace what an
+    earlier call wrote.
 
     Args:
         detect: maps float images [c, h, w] in 0..1 on `device` to dicts; masks are of the image's size.
         threshold: least score of what is drawn and written.
 
     Raises:
-        UserError: if no image can be read or `folder` cannot be written.
+        UserError: if no image can be read, or `folder` cannot be written or holds predictions of somebody else.
     """
     folder, names = Path(folder), [category.name for category in categories]
-    path, relative = folder / "predictions.json", relative_names(source)
+    path, relative = folder / FILE, relative_names(source)
     bad: list[tuple[str, str]] = []
     counts: Counter[str] = Counter()
     used: set[str] = set()
     images = hits = 0
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _growing_coco(path, categories) as add:
-            groups = _groups(readable(source, workers, bad, "detecting"), batch_size)
-            for index, image, everything in _detected(detect, groups, torch.device(device)):
-                objects, name = confident(everything, threshold), relative[index]
-                height, width = image.shape[-2:]
-                add(
-                    {"id": index + 1, "file_name": name, "width": width, "height": height},
-                    coco_results([objects], [index + 1], categories),
-                )
-                save_picture(overlay(image, objects, names), folder / "overlays" / unused(name, used))
-                counts.update(names[label - 1] for label in objects["labels"].tolist())
-                images, hits = images + 1, hits + bool(len(objects["labels"]))
-            if not images:
-                raise UserError(f"none of {len(source)} images can be read, e.g. {' '.join(bad[0])}; check the data")
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}; choose another --out") from error
+    with replacing(folder, (FOLDER, FILE), MAKER) as fresh, _growing_coco(fresh / FILE, categories) as add:
+        groups = _groups(readable(source, workers, bad, "detecting"), batch_size)
+        for index, image, everything in _detected(detect, groups, torch.device(device)):
+            objects, name = confident(everything, threshold), relative[index]
+            height, width = image.shape[-2:]
+            add(
+                {"id": index + 1, "file_name": name, "width": width, "height": height},
+                coco_results([objects], [index + 1], categories),
+            )
+            save_picture(overlay(image, objects, names), fresh / FOLDER / unused(name, used))
+            counts.update(names[label - 1] for label in objects["labels"].tolist())
+            images, hits = images + 1, hits + bool(len(objects["labels"]))
+        if not images:
+            raise none_readable(len(source), bad)
     for name, reason in bad:
         console.print(f"left out {name}: {reason}", markup=False)
     console.print(_summary(counts, hits, images, threshold), markup=False)
-    console.print(f"saved {path} and {folder / 'overlays'}", markup=False)
+    console.print(f"saved {path} and {folder / FOLDER}", markup=False)
     return FolderPredictions(path, images, dict(counts.most_common()), tuple(bad))
 
 
@@ -158,7 +157,7 @@ def _growing_coco(
     images: list[dict[str, Any]] = []
     count = 0
     with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write('{"annotations": [')
+        file.write(f'{{"info": {{"made_by": {json.dumps(MAKER)}}},\n"annotations": [')
 
         def add(image: dict[str, Any], results: list[dict[str, Any]]) -> None:
             nonlocal count

@@ -13,10 +13,11 @@ import numpy as np
 from mirl.data.loading import Views
 from mirl.data.sources import open_source
 from mirl.data.transforms import fixed_view
-from mirl.errors import UserError, plural
+from mirl.errors import UserError, none_readable, plural
 from mirl.tasks.features import batches, open_encoder
+from mirl.tasks.places import beside
 from mirl.tasks.settings.features import EmbedOptions
-from mirl.training.files import atomic, check_writable
+from mirl.training.files import atomic, check_writable, writing
 from mirl.training.runs import console
 
 HEADER = 128  # bytes before the numbers of an .npy file, enough for any shape
@@ -43,7 +44,7 @@ def embed(**options: Any) -> Path:
     dataset = Views(source, np.arange(len(source)), partial(fixed_view, size=encoder.size))
     bad: list[tuple[str, str]] = []
     count = 0
-    try:
+    with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with _growing_array(array, encoder.shape[1:]) as features, _growing_table(table) as paths:
             for batch in batches(dataset, settings.batch_size, settings.workers, "computing features"):
@@ -53,13 +54,11 @@ def embed(**options: Any) -> Path:
                     paths([source.name_of(int(index)) for index in batch.indices])
                     count += len(batch)
             if not count:
-                raise UserError(f"none of {len(source)} images can be read, e.g. {' '.join(bad[0])}; check the data")
+                raise none_readable(len(source), bad)
         bad_table.unlink(missing_ok=True)
         if bad:
             with atomic(bad_table) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([("path", "reason"), *bad])
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from error
     shape = " x ".join(map(str, (count, *encoder.shape[1:])))
     console.print(f"saved {array} ({shape}) and {table}", markup=False)
     if bad:
@@ -73,8 +72,7 @@ def _out(options: EmbedOptions) -> Path:
     if options.out:
         return Path(options.out.removesuffix(".npy"))
     assert options.weights is not None
-    run = Path(options.weights).expanduser()
-    return (run if (run / "config.yaml").exists() else Path()) / "features"
+    return beside(options.weights) / "features"
 
 
 @contextmanager

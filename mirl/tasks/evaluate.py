@@ -24,11 +24,12 @@ from mirl.tasks.average_precision import AveragePrecision
 from mirl.tasks.confusion import draw_confusion
 from mirl.tasks.detection_scores import evaluate_detector
 from mirl.tasks.mean_iou import Overlap
+from mirl.tasks.places import beside, named_after, results_of
 from mirl.tasks.segmentation_scores import evaluate_segmenter
 from mirl.tasks.settings.evaluation import EvaluateOptions
 from mirl.tasks.trained import trained_by
 from mirl.tasks.weights import open_weights
-from mirl.training.files import check_writable
+from mirl.training.files import check_writable, writing
 from mirl.training.pictures import contact_sheet
 from mirl.training.runs import console
 
@@ -96,16 +97,19 @@ def evaluate(**options: Any) -> Evaluation | AveragePrecision | Overlap:
 
     result = judge(found, weights.classes)
     write_json(folder / "results.json", {"weights": settings.weights, "data": settings.data, **asdict(result)})
-    draw_confusion(result.confusion, weights.classes, folder / "confusion.png")
-    draw_worst(found, split.source, view, weights.classes, folder / "worst.png")
+    confusion, worst = folder / "confusion.png", folder / "worst.png"
+    with writing(confusion):
+        draw_confusion(result.confusion, weights.classes, confusion)
+    with writing(worst):
+        draw_worst(found, split.source, view, weights.classes, worst)
     images, classes = plural(len(found.labels), "image"), plural(len(split.classes), "class", "es")
     console.print(f"{settings.data}: {images} of {classes}", markup=False)
     for name, reason in found.bad:
         console.print(f"left out {name}: {reason}", markup=False)
     console.print(f"{result.accuracy}", markup=False)
     console.print(f"calibration error {result.calibration_error:.2%}, mean confidence {result.confidence:.2%}")
-    files = (folder / name for name in ("results.json", "confusion.png", "worst.png"))
-    console.print(f"saved {folder}: {', '.join(file.name for file in files if file.exists())}", markup=False)
+    files = (file.name for file in (folder / "results.json", confusion, worst) if file.exists())
+    console.print(f"saved {folder}: {', '.join(files)}", markup=False)
     return result
 
 
@@ -147,6 +151,5 @@ def _folder(options: EvaluateOptions) -> Path:
     if options.out:
         return Path(options.out)
     assert options.weights is not None
-    run = Path(options.weights).expanduser()
-    name = Path(options.data).stem.replace(":", "-") or "data"
-    return (run if (run / "config.yaml").exists() else Path()) / "evaluations" / name
+    folder = beside(options.weights) / "evaluations"
+    return results_of(options.data, folder, "{}/results.json", named_after(options.data)).parent

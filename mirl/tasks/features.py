@@ -21,7 +21,7 @@ from mirl.data.labels import LabelledSource
 from mirl.data.loading import Batch, LabelledImages, Views
 from mirl.data.transforms import fixed_view, standardise
 from mirl.data.workers import Batches
-from mirl.errors import UserError, plural
+from mirl.errors import UserError, none_readable, plural
 from mirl.models.encoder import check_sizes
 from mirl.models.patches import pair
 from mirl.tasks.options import available_cores, default_workers
@@ -173,7 +173,7 @@ def cache(encoder: Encoder, split: LabelledSource, options: ReadingOptions, titl
             labels[count : count + len(batch)] = batch.labels.numpy()  # type: ignore[attr-defined]
             count += len(batch)
     if not count:
-        raise UserError(f"none of the {len(split)} images can be read, e.g. {bad[0][0]} {bad[0][1]}; check the data")
+        raise none_readable(len(split), bad)
     for name, reason in bad:
         console.print(f"left out {name}: {reason}", markup=False)
     return Cached(features[:count], labels[:count], tuple(bad))

@@ -1,7 +1,10 @@
 """A folder of images of any size, read one by one, and pictures written under their names."""
 
+import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,11 @@ from torch import Tensor
 
 from mirl.data.loading import Batch, Views
 from mirl.data.sources import ImageFiles, Source
+from mirl.errors import UserError
 from mirl.tasks.features import batches
+from mirl.training.files import writing
+
+BEGINNING = 100  # letters of a file within which it says who made it
 
 
 def readable(source: Source, workers: int | None, bad: list[tuple[str, str]], title: str) -> Iterator[Batch]:
@@ -45,6 +52,31 @@ def unused(name: str, used: set[str]) -> str:
     return f"{chosen}.png"
 
 
+@contextmanager
+def replacing(folder: Path, names: Sequence[str], maker: str) -> Iterator[Path]:
+    """Yield a folder for what a call writes; when the block ends well, that takes the place of what an earlier one did.
+
+    Args:
+        names: of what is written: folders, and last a JSON file that begins with its `maker`.
+
+    Raises:
+        UserError: if `folder` has any of these from somebody else, or cannot be written.
+    """
+    fresh = folder / ".unfinished"
+    with writing(folder):
+        if (found := [name for name in names if (folder / name).exists()]) and not _made_by(maker, folder / names[-1]):
+            raise UserError(f"{folder} has {found[0]} that {maker} did not write; choose another --out")
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        try:
+            yield fresh
+            for name in names:
+                shutil.rmtree(folder / name, ignore_errors=True)  # a file is replaced
+                os.replace(fresh / name, folder / name)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+
 def save_picture(picture: Tensor, path: Path) -> None:
     """Write a picture, uint8 [3, h, w], as a PNG; its folder is made if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,3 +85,11 @@ def save_picture(picture: Tensor, path: Path) -> None:
 
 def _as_it_is(image: Tensor) -> Tensor:
     return image
+
+
+def _made_by(maker: str, path: Path) -> bool:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return json.dumps(maker) in file.read(BEGINNING)
+    except OSError:
+        return False

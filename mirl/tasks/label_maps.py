@@ -4,7 +4,6 @@ Symbols: c channels, h and w height and width.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,8 @@ from torch import Tensor
 
 from mirl.data.semantic import SemanticClass
 from mirl.data.sources import Source
-from mirl.errors import UserError, plural
-from mirl.tasks.image_folder import readable, relative_names, save_picture, unused
-from mirl.training.files import atomic
+from mirl.errors import none_readable, plural
+from mirl.tasks.image_folder import readable, relative_names, replacing, save_picture, unused
 from mirl.training.overlays import colour
 from mirl.training.painting import fitted, painted
 from mirl.training.runs import console
@@ -54,8 +52,8 @@ def predict_folder(
     """Segment images of any size; write `labels/`, `overlays/` and `classes.json`, which says what the labels mean.
 
     Labels are as large as their images and hold the classes' values, not their indices; overlays are reduced to what
-    can be looked at. Both keep the images' subfolders. Files that cannot be read are named and left out. What an
-    earlier call wrote is removed.
+    can be looked at. Both keep the images' subfolders. Files that cannot be read are named and left out. In the end
+    they replace what an earlier call wrote.
 
     Args:
         segment: maps an image, uint8 [c, h, w], to the indices of its pixels' classes, uint8 [h, w].
@@ -68,21 +66,16 @@ def predict_folder(
     counts = np.zeros(len(classes), np.int64)
     bad: list[tuple[str, str]] = []
     used: set[str] = set()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _clear(folder)
-        with atomic(folder / FILE) as temporary:
-            temporary.write_text(json.dumps(_as_file(classes), indent=1, ensure_ascii=False), encoding="utf-8")
+    with replacing(folder, (*FOLDERS, FILE), MAKER) as fresh:
+        (fresh / FILE).write_text(json.dumps(_as_file(classes), indent=1, ensure_ascii=False), encoding="utf-8")
         for batch in readable(source, workers, bad, "segmenting"):
             image, said = batch.images[0], segment(batch.images[0]).cpu()
             counts += np.bincount(said.numpy().ravel(), minlength=len(classes))
             name = unused(relative[int(batch.indices)], used)
-            save_labels(values[said.numpy()], colours, folder / "labels" / name)
-            save_picture(painted(*fitted(image, said, longest=LONGEST)), folder / "overlays" / name)
+            save_labels(values[said.numpy()], colours, fresh / "labels" / name)
+            save_picture(painted(*fitted(image, said, longest=LONGEST)), fresh / "overlays" / name)
         if not used:
-            raise UserError(f"none of {len(source)} images can be read, e.g. {' '.join(bad[0])}; check the data")
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}; choose another --out") from error
+            raise none_readable(len(source), bad)
     shares = {classes[i].name: float(counts[i] / counts.sum()) for i in np.argsort(-counts, kind="stable") if counts[i]}
     for name, reason in bad:
         console.print(f"left out {name}: {reason}", markup=False)
@@ -105,20 +98,6 @@ def save_labels(values: np.ndarray, colours: np.ndarray, path: Path) -> None:
     picture = Image.fromarray(values)
     picture.putpalette(colours.tobytes())
     picture.save(path, format="PNG", optimize=True)
-
-
-def _clear(folder: Path) -> None:
-    """Remove what an earlier call wrote to `folder`, and refuse labels that somebody else did."""
-    if not any((folder / name).exists() for name in (*FOLDERS, FILE)):
-        return
-    try:
-        ours = json.loads((folder / FILE).read_text(encoding="utf-8")).get("made_by") == MAKER
-    except (OSError, ValueError, AttributeError):
-        ours = False
-    if not ours:
-        raise UserError(f"{folder} has labels that mirl segment did not write; choose another --out")
-    for name in FOLDERS:
-        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _as_file(classes: Sequence[SemanticClass]) -> dict[str, object]:

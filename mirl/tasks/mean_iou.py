@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mirl.data.semantic import IGNORE
+from mirl.tasks.average_precision import mean_of_known, or_none
 
 LABELS = IGNORE + 1  # that a label map can have
 
@@ -52,7 +53,7 @@ class Overlap:
         """Mean of IoU, `miou`, and of accuracy, `macc`, over classes, and share of right pixels, `aacc`, in 0..1."""
         right, true, _ = self._counts()
         right_of_all = float(right.sum() / true.sum()) if true.any() else math.nan
-        return {"miou": _mean(self.iou), "aacc": right_of_all, "macc": _mean(self.accuracy)}
+        return {"miou": mean_of_known(self.iou), "aacc": right_of_all, "macc": mean_of_known(self.accuracy)}
 
     def __str__(self) -> str:
         if not self.pixels:
@@ -65,10 +66,10 @@ class Overlap:
         shares = self._counts()[1] / max(1, self.pixels)
         columns = zip(self.classes, self.iou, self.accuracy, shares, strict=True)
         rows = [
-            {"name": name, "iou": _or_none(iou), "accuracy": _or_none(accuracy), "share": float(share)}
+            {"name": name, "iou": or_none(iou), "accuracy": or_none(accuracy), "share": float(share)}
             for name, iou, accuracy, share in columns
         ]
-        figures = {name: _or_none(value) for name, value in self.figures.items()}
+        figures = {name: or_none(value) for name, value in self.figures.items()}
         return figures | {"images": self.images, "pixels": self.pixels, "per_class": rows}
 
     def _counts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -92,13 +93,3 @@ def confusion_of(said: Tensor, truth: Tensor, classes: int) -> Tensor:
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return np.divide(part, whole, out=np.full(len(part), math.nan), where=whole > 0)
-
-
-def _mean(values: np.ndarray) -> float:
-    """Average what is known; NaN if nothing is."""
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else math.nan
-
-
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)

@@ -11,8 +11,9 @@ from mirl.data.labels import open_split
 from mirl.errors import plural
 from mirl.tasks.accuracy import Accuracy, accuracy, write_json
 from mirl.tasks.features import cache, open_encoder
+from mirl.tasks.places import beside, named_after, results_of
 from mirl.tasks.settings.readouts import ReadOutOptions
-from mirl.training.files import atomic, check_writable
+from mirl.training.files import atomic, check_writable, writing
 from mirl.training.runs import console
 
 # Reads classes: (features to fit [n, d], their labels [n], features to test [t, d], classes) -> name: scores [t, k].
@@ -46,7 +47,9 @@ def read_out(command: str, options: ReadOutOptions, reader: Reader) -> dict[int,
     write_json(path, about | {"blocks": found})
     console.print(f"saved {path}", markup=False)
     if options.every_block and len(found) > 1:
-        draw_depth(found, path.with_suffix(".png"), f"{command} on {options.data}")
+        picture = path.with_suffix(".png")
+        with writing(picture):
+            draw_depth(found, picture, f"{command} on {options.data}")
     return found
 
 
@@ -71,9 +74,9 @@ def _path(options: ReadOutOptions, command: str) -> Path:
     if options.out:
         return Path(options.out)
     assert options.weights is not None
-    run = Path(options.weights).expanduser()
+    folder = beside(options.weights)
     block = "every_block" if options.every_block else f"block{options.block}" if options.block else ""
     untrained = "untrained" if options.untrained else ""
-    parts = [command, Path(options.data).stem.replace(":", "-"), untrained, block, options.pool]
-    folder = run if (run / "config.yaml").exists() else Path()
-    return folder / "readouts" / ("_".join(filter(None, [*parts, "" if folder.name else run.name])) + ".json")
+    weights = "" if folder.name else Path(options.weights).name  # where read-outs of others may be, too
+    name = "_".join(filter(None, [command, named_after(options.data), untrained, block, options.pool, weights]))
+    return results_of(options.data, folder / "readouts", "{}.json", name)

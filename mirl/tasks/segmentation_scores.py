@@ -21,13 +21,14 @@ from mirl.data.semantic import (
     SemanticViews,
     open_semantic_test,
 )
-from mirl.errors import UserError, plural
+from mirl.errors import UserError, none_readable, plural
 from mirl.tasks.accuracy import write_json
 from mirl.tasks.confusion import draw_confusion, write_confusion
 from mirl.tasks.features import batches
 from mirl.tasks.mean_iou import LABELS, Overlap, confusion_of
 from mirl.tasks.segmenter import load_segmenter
 from mirl.training.evaluation import Evaluation
+from mirl.training.files import writing
 from mirl.training.processes import Fabric, over_processes
 from mirl.training.runs import console
 
@@ -136,7 +137,7 @@ def evaluate_segmenter(
     segmenter.to("cuda" if torch.cuda.is_available() else "cpu")
     found, bad = judge(segmenter, split, segmenter.classes, workers)
     if not found.images:
-        raise UserError(f"none of {len(split)} images can be read, e.g. {' '.join(bad[0])}; check the data")
+        raise none_readable(len(split), bad)
     write_results(found, folder, weights=weights, data=data, multi_scale=multi_scale)
     for note in (*split.notes, *(f"left out {name}: {reason}" for name, reason in bad)):
         console.print(note, markup=False)
@@ -160,8 +161,6 @@ def write_results(found: Overlap, folder: Path, **more: Any) -> None:
     """Write the figures, with `more` before them, and the confusion, as a table and as a picture."""
     results, table, picture = (folder / name for name in FILES)
     write_json(results, more | found.as_json())
-    try:
+    with writing(folder):
         write_confusion(found.confusion.numpy(), found.classes, table)
         draw_confusion(found.confusion.numpy(), found.classes, picture)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}; choose another --out") from error

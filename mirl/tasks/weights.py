@@ -22,7 +22,7 @@ from mirl.tasks.settings.pretraining import Resolved, autoencoder_of
 from mirl.tasks.weight_files import from_file, from_folder, from_unfinished
 
 
-def open_weights(weights: str, *, say: Say = print, heads: Heads | None = None) -> Weights:
+def open_weights(weights: str | Path, *, say: Say = print, heads: Heads | None = None) -> Weights:
     """Open the encoder, or the classifier, that `--weights` names.
 
     Args:
@@ -38,7 +38,7 @@ def open_weights(weights: str, *, say: Say = print, heads: Heads | None = None) 
 
 
 def open_autoencoder(
-    weights: str, *, say: Say = print, heads: Heads | None = None, taps: Sequence[int] | None = None
+    weights: str | Path, *, say: Say = print, heads: Heads | None = None, taps: Sequence[int] | None = None
 ) -> AutoencoderWeights:
     """Open the encoder with its decoders that `weights` names; see `open_checkpoint`.
 
@@ -55,7 +55,7 @@ def open_autoencoder(
 
 
 def open_checkpoint(
-    weights: str,
+    weights: str | Path,
     *,
     say: Say = print,
     heads: Heads | None = None,
@@ -91,7 +91,7 @@ def open_checkpoint(
         if (path / "config.yaml").exists():
             return from_unfinished(path, say)
         raise UserError(f"{weights} holds no encoder; give {ALLOWED}")
-    name = weights.removeprefix("timm:")
+    name = str(weights).removeprefix("timm:")
     if timm.is_model(name.partition(".")[0]):
         return from_timm(name)
     raise UserError(f"'{weights}' is neither a file, a folder nor the name of a timm model; give {ALLOWED}")
@@ -134,7 +134,7 @@ def build_autoencoder(weights: AutoencoderWeights, *, image_size: Size | None = 
 
 
 def load_encoder(
-    weights: str, *, image_size: int | tuple[int, int] | None = None, heads: int | None = None, **changes: Any
+    weights: str | Path, *, image_size: int | tuple[int, int] | None = None, heads: int | None = None, **changes: Any
 ) -> VisionTransformer:
     """Return a timm model with trained weights, in evaluation mode.
 
@@ -164,7 +164,11 @@ def load_encoder(
 
 
 def load_autoencoder(
-    weights: str, *, heads: int | None = None, decoder_heads: int | None = None, taps: Sequence[int] | None = None
+    weights: str | Path,
+    *,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+    taps: Sequence[int] | None = None,
 ) -> Autoencoder:
     """Return a pre-trained encoder with its decoders, in evaluation mode.
 

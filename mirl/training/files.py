@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from mirl.errors import UserError
+from mirl.errors import UserError, first_line
 
 FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE)
 
@@ -37,19 +37,26 @@ def atomic(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def writing(path: Path, remedy: str = "choose another --out") -> Iterator[None]:
+    """Turn an error of the disk into a UserError that says what cannot be written, why, and the `remedy`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {first_line(error)}; {remedy}") from error
+
+
 def check_writable(path: Path, option: str = "out") -> None:
     """Make sure, before the work begins, that a file can be written to `path`, whose folders may be missing still.
 
     Raises:
         UserError: if it cannot be, which names the `option` that chooses another.
     """
-    try:
+    with writing(path, f"choose another --{option}"):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         with tempfile.TemporaryFile(dir=next(folder for folder in path.absolute().parents if folder.exists())):
             pass  # permissions alone do not tell, for root or on a disk of others
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another --{option}") from error
 
 
 def sync(path: Path) -> None:

@@ -166,17 +166,8 @@ class RunFolder:
                 file.write(json.dumps(row) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
-        """Read metrics.jsonl; lines that are none of a run's are left out, as a last one that a kill cut short."""
-        text = self._metrics.read_text(encoding="utf-8", errors="replace") if self._metrics.exists() else ""
-        rows = []
-        for line in text.splitlines():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(row, dict) and isinstance(row.get("kind"), str) and type(row.get("step")) is int:
-                rows.append(row)
-        return rows
+        """Read metrics.jsonl; see `read_rows`."""
+        return read_rows(self.path)
 
     def last_step(self) -> int:
         """Return the last step that anything is recorded of."""
@@ -200,6 +191,24 @@ class _LogFile(logging.FileHandler):
         if not self.failed:
             self.failed = True
             console.print(f"{self.baseFilename} cannot be written ({sys.exc_info()[1]}); lines are shown here only")
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """Return the rows of metrics.jsonl of the run in folder `path`.
+
+    Lines that are none of a run's are left out, as a last one that a kill cut short.
+    """
+    metrics = Path(path) / "metrics.jsonl"
+    text = metrics.read_text(encoding="utf-8", errors="replace") if metrics.exists() else ""
+    rows = []
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and isinstance(row.get("kind"), str) and type(row.get("step")) is int:
+            rows.append(row)
+    return rows
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

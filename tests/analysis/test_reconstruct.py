@@ -43,13 +43,13 @@ def test_grey_images_and_arrays_of_five_channels(channels, tmp_path):
     assert shown.terms[0].pasted.shape == (1, channels, 32, 32)
     read, _ = read_images("", [str(photos[0])], Reconstructor(str(tmp_path / "run")))
     torch.testing.assert_close(shown.original[0], read[0] / 255, atol=1e-6, rtol=1e-6)
-    assert reconstruct(str(tmp_path / "run")).original.shape == (1, channels, 32, 32)
+    assert reconstruct(str(tmp_path / "run")).original.shape == (2, channels, 32, 32)
 
 
 def test_images_of_any_size_are_scaled_and_cropped(run, tmp_path):
     for height, width in ((9, 200), (64, 64), (300, 40)):
         (path,) = write_images(tmp_path / f"{height}", count=1, size=(height, width))
-        shown = reconstruct(run, [str(path)], out=str(tmp_path / "a.png"))
+        shown = reconstruct(run, [path], out=tmp_path / "a.png")  # paths as good as text
         pixels = read_image(path)
         torch.testing.assert_close(shown.original[0], fixed_view(pixels, (32, 32)) / 255, atol=1e-6, rtol=1e-6)
 

@@ -5,11 +5,12 @@ import torch
 from tiny_reconstructions import cells, noise, write_run
 
 from mirl.analysis.reconstructor import Reconstructor
-from mirl.data.loading import collate
+from mirl.data.loading import spread
 from mirl.data.transforms import normalise
 from mirl.errors import UserError
 from mirl.models.patches import gather, patchify
 from mirl.objectives.pixels import to_pixels
+from mirl.tasks.pretrain import PICTURED
 from mirl.tasks.weights import load_autoencoder
 from mirl.training.runs import RunFolder
 
@@ -102,8 +103,8 @@ def test_reconstructions_are_the_models_and_what_pre_training_draws(method, targ
     with torch.inference_mode():
         task.draw(run, None, 0, 0.0)
     run.close()
-    batch = collate([task.held_out[0, 0], task.held_out[0, 1]])
-    hidden = torch.zeros(2, 16, dtype=torch.bool).scatter_(1, batch.masked, True).view(2, 4, 4)
+    batch = spread(task.held_out, PICTURED)
+    hidden = torch.zeros(PICTURED, 16, dtype=torch.bool).scatter_(1, batch.masked, True).view(-1, 4, 4)
     shown = Reconstructor(str(tmp_path / "run"))(batch.images, hidden)
 
     autoencoder = load_autoencoder(str(tmp_path / "run"))

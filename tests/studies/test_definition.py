@@ -69,7 +69,7 @@ def panel(**changes):
         ({"pretrain": SMALL["pretrain"] | {"decoder_width": 18}}, "--decoder_width 18"),
         ({"pretrain": SMALL["pretrain"] | {"mask_ratio": 0.99}}, "leaves 0 of 16 patches visible"),
         ({"pretrain": {"epochs": 1}}, "pretrain has no image_size; add it"),
-        ({"pretrain": SMALL["pretrain"] | {"batch_size": 64}}, "--batch_size 64 is more than the 39 training images"),
+        ({"pretrain": SMALL["pretrain"] | {"batch_size": 64}}, "--batch_size 64 is more than the 32 training images"),
         ({"finetune": SMALL["finetune"] | {"depth": 3}}, "finetune: depth is set by the study itself; leave it out"),
         ({"knn": {"k": [10, 20]}}, "knn: k \\[10, 20\\] is not allowed; give one number"),
         ({"diagnose": {"labels": "yes"}}, "diagnose: labels 'yes' is not allowed; give true or false"),

@@ -75,7 +75,7 @@ def test_commands_can_be_typed(tmp_path):
     for cell in study.cells():
         for stage in stages_of(study, cell):
             program, command, *words = shlex.split(stage.typed)
-            parser, _ = build_parser(command)
+            parser = build_parser(command)
             values = parser.parse_args(_spell_out(parser, words)).as_dict()
             assert program == "mirl" and values.pop("devices", "1") == "1"
             options = {name: value for name, value in stage.options.items() if name != "devices"}

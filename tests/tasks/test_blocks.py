@@ -57,8 +57,8 @@ def test_every_evaluation_leaves_a_figure_for_every_block_and_a_picture(finished
 
 def test_the_last_figures_are_of_the_exported_encoder(finished):
     encoder = timm.create_model(f"local-dir:{finished / 'encoder'}", pretrained=True).eval()
-    source = Shapes(100)
-    images = torch.stack([fixed_view(source.read(int(i)), (32, 32)) for i in split_off_held_out(100)[1]])
+    source = Shapes(106)
+    images = torch.stack([fixed_view(source.read(int(i)), (32, 32)) for i in split_off_held_out(106)[1]])
     with torch.no_grad():
         blocks = encoder.forward_intermediates(normalise(images, 3), intermediates_only=True, output_fmt="NLC")
     tokens = [torch.nn.functional.layer_norm(block, (192,)) for block in blocks]

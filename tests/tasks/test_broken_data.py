@@ -1,6 +1,7 @@
 """Runs over images that are broken, vanish, or cost a data worker its life go on, and say what was left out."""
 
 import io
+import math
 import multiprocessing
 import os
 import re
@@ -18,6 +19,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 import mirl
 from mirl.errors import UserError
 from mirl.tasks.options import resumed
+from mirl.tasks.pretrain import split_off_held_out
 from mirl.tasks.settings.pretraining import Pretraining
 from mirl.training.runs import RunFolder, read_config
 
@@ -134,6 +136,18 @@ def test_broken_files_and_files_that_vanish_are_named_once_with_their_reasons(ph
     assert load_file(run / "autoencoder.safetensors")  # it came to its end
 
 
+def test_few_images_of_which_most_that_are_held_out_are_broken(photos, options):
+    for index in range(20, COUNT):
+        (photos / f"good_{index:03}.png").unlink()
+    held_out = split_off_held_out(20)[1]
+    assert len(held_out) == 8 and [len(part) for part in split_off_held_out(5)] == [3, 2]
+    for index in held_out[1:]:
+        (photos / f"good_{index:03}.png").write_bytes(b"")
+    run = mirl.pretrain(**options | {"batch_size": 4, "max_bad": 0.5, "block_figures": True})
+    assert unusable(run).keys() == {f"good_{index:03}.png" for index in held_out[1:]}
+    assert all(math.isfinite(row["loss"]) for row in rows(run, "held_out")) and rows(run, "blocks")
+
+
 def test_the_budget_may_be_a_percentage_and_its_list_is_left(photos, options, tmp_path, monkeypatch):
     def empty():
         for index in range(40):
@@ -157,7 +171,7 @@ def test_the_budget_may_be_a_percentage_and_its_list_is_left(photos, options, tm
     given = {"data": str(photos), "out": str(run), "max_bad": 0.1}  # what it is by default, too, is taken
     assert resumed(Pretraining(**given), given, read_config(run)).max_bad == 0.1
     mirl.pretrain(**options, max_bad="50%", resume=True)
-    assert rows(run, "train")[-1]["step"] == 9 and read_config(run)["max_bad"] == 0.5
+    assert rows(run, "train")[-1]["step"] == 8 and read_config(run)["max_bad"] == 0.5
 
 
 @pytest.mark.parametrize("given", ["a few", "1%%", "%", "200%", "-1%"])

@@ -161,7 +161,7 @@ def test_lists_globs_and_built_in_images_have_names_too(photos, tmp_path):
 
 
 def test_nothing_readable_and_nothing_writable_are_explained(photos, tmp_path):
-    with pytest.raises(UserError, match="none of 1 images can be read, e.g. .*broken.jpg is not an image"):
+    with pytest.raises(UserError, match="none of 1 image can be read, e.g. .*broken.jpg is not an image"):
         run(f"{photos}/sub/broken.jp*", tmp_path / "out")
     assert not (tmp_path / "out" / "predictions.json").exists()
     (tmp_path / "file").touch()
@@ -169,13 +169,25 @@ def test_nothing_readable_and_nothing_writable_are_explained(photos, tmp_path):
         run(photos, tmp_path / "file")
 
 
-def test_an_interrupted_run_keeps_the_earlier_file(photos, tmp_path):
+def test_predictions_of_others_are_kept_and_earlier_ones_replaced(photos, tmp_path):
+    kept = tmp_path / "data" / "overlays" / "mine.png"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    with pytest.raises(UserError, match="has overlays that mirl detect --predict did not write; choose another --out"):
+        run(photos / "sub" / "deeper", tmp_path / "data")
+    run(photos, tmp_path / "out")
+    run(photos / "sub" / "deeper", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out" / "overlays").rglob("*")] == ["b.png"] and kept.exists()
+
+
+def test_an_interrupted_run_keeps_the_earlier_files(photos, tmp_path):
     path = run(photos, tmp_path / "out").path
-    before = path.read_text()
+    before, pictures = path.read_text(), len(list(tmp_path.rglob("*.png")))
 
     def fail(images):
         raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError):
         predict_folder(fail, open_source(str(photos)), CATEGORIES, tmp_path / "out", workers=0)
-    assert path.read_text() == before and [p.name for p in path.parent.iterdir() if p.suffix == ".tmp"] == []
+    assert path.read_text() == before and len(list(tmp_path.rglob("*.png"))) == pictures
+    assert {entry.name for entry in path.parent.iterdir()} == {"overlays", "predictions.json"}

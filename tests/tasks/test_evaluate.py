@@ -68,6 +68,25 @@ def test_the_test_split_of_the_run_gives_the_runs_accuracy(classified, patterns,
     assert {path.name for path in here.iterdir()} == {"evaluations"}
 
 
+def test_data_of_the_same_name_do_not_replace_each_other(shapes_classifier, here, capsys):
+    """A dot in a folder's name ends nothing; the same data again replace what was said of them."""
+    for data in ("a/val", "b/val", "labelled.2023", "labelled.2024", "./a/val"):
+        picture = here / data / "disk" / "0.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pattern("down", 1)).save(picture)
+        mirl.evaluate(weights=shapes_classifier, data=data, workers=0)
+    found = {path.parent.name: json.loads(path.read_text())["data"] for path in here.glob("evaluations/*/results.json")}
+    expected = {"val": "./a/val", "val-2": "b/val", "labelled.2023": "labelled.2023", "labelled.2024": "labelled.2024"}
+    assert found == expected
+    assert "saved evaluations/val-2: results.json" in capsys.readouterr().out
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(shapes_classifier, here):
+    (here / "found" / "confusion.png").mkdir(parents=True)
+    message = mistake(weights=shapes_classifier, data="shapes:10:16", out="found", workers=0)
+    assert message == "cannot write found/confusion.png: Is a directory; choose another --out"
+
+
 def write_answers(weights, wrong, count=12):
     """Write `count` images, each to the folder of what the classifier says of it, the first `wrong` to another one's.
 
@@ -224,7 +243,7 @@ def test_images_of_which_none_can_be_read_are_one_line(shapes_classifier, here):
     (here / "data" / "disk").mkdir(parents=True)
     (here / "data" / "disk" / "0.png").write_bytes(b"not an image")
     message = mistake(weights=shapes_classifier, data="data", workers=0)
-    assert message == "none of the 1 images can be read, e.g. data/disk/0.png is not an image; check the data"
+    assert message == "none of 1 image can be read, e.g. data/disk/0.png is not an image; check the data"
 
 
 def test_names_are_drawn_as_they_are(here):

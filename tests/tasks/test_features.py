@@ -241,7 +241,7 @@ def test_images_that_cannot_be_read_are_left_out_with_their_labels(folder, batch
 def test_a_split_of_bad_files_alone_is_one_line(folder):
     for path in folder.glob("*/*"):
         path.write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"none of the 12 images can be read, e.g. .*/a/00.png is not an image; check"):
+    with pytest.raises(UserError, match=r"none of 12 images can be read, e.g. .*/a/00.png is not an image; check"):
         cache(RawPixels(), open_labelled(str(folder)), FeatureOptions(weights="pixels", workers=0), "")
 
 

@@ -102,7 +102,7 @@ def test_of_many_classes_the_most_frequent_are_named(tmp_path, capsys):
 
 
 def test_nothing_readable_and_nothing_writable_are_explained(photos, tmp_path):
-    with pytest.raises(UserError, match="none of 1 images can be read, e.g. .*broken.jpg is not an image"):
+    with pytest.raises(UserError, match="none of 1 image can be read, e.g. .*broken.jpg is not an image"):
         run(f"{photos}/sub/broken.jp*", tmp_path / "out")
     assert not (tmp_path / "out" / "labels").exists()
     (tmp_path / "file").touch()
@@ -114,7 +114,7 @@ def test_labels_of_others_are_kept_and_earlier_predictions_replaced(photos, tmp_
     """Data in the documented layout are not predicted over; a second folder does not mix with the first."""
     write(tmp_path / "data" / "labels" / "b.png", 30, 20, 0)
     kept = (tmp_path / "data" / "labels" / "b.png").read_bytes()
-    with pytest.raises(UserError, match="has labels that mirl segment did not write; choose another --out"):
+    with pytest.raises(UserError, match="has labels that mirl segment --predict did not write; choose another --out"):
         run(photos / "sub" / "deeper", tmp_path / "data")
     assert (tmp_path / "data" / "labels" / "b.png").read_bytes() == kept
     run(photos, tmp_path / "out")

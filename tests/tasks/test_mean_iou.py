@@ -226,5 +226,5 @@ def test_a_trained_segmenter_is_judged(tmp_path, monkeypatch, capsys):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (results["weights"], results["data"], results["multi_scale"]) == ("runs/a", "streets", True)
     split.members = np.array([1])
-    with pytest.raises(UserError, match="none of 1 images can be read, e.g. image 1 is not an image"):
+    with pytest.raises(UserError, match="none of 1 image can be read, e.g. image 1 is not an image"):
         evaluate_segmenter("runs/a", "streets", tmp_path / "none", workers=0)

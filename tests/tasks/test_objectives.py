@@ -178,7 +178,7 @@ def test_a_teacher_starts_from_the_weights_that_the_student_does():
 
 
 def test_predicting_a_teacher_is_learned(tiny, tmp_path, encoder):
-    options = tiny | RUN | {"data": "shapes:17", "epochs": 40, "min_crop": 1.0, "flip": False, "evaluate_epochs": 40}
+    options = tiny | RUN | {"data": "shapes:24", "epochs": 40, "min_crop": 1.0, "flip": False, "evaluate_epochs": 40}
     found = rows(mirl.pretrain(**options, feature=encoder, extra_share=1.0, warmup_epochs=2, out=tmp_path / "run"))
     assert found[0]["feature"] > 1.5 and found[-1]["feature"] < 0.6 * found[0]["feature"]
 

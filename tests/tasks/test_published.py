@@ -22,7 +22,7 @@ from tiny_runs import assert_one_line, assert_same_tensors, mistake, rows
 
 import mirl
 from mirl.cli import main
-from mirl.tasks.card import run_of
+from mirl.tasks.card import model_card, run_of
 from mirl.tasks.convert import convert
 from mirl.tasks.weights import open_checkpoint
 
@@ -222,6 +222,18 @@ def test_the_card_of_weights_without_a_run_says_so(finished, tmp_path):
     lonely = shutil.copytree(finished / "encoder", tmp_path / "alone" / "a" / "encoder")
     convert(str(lonely), str(tmp_path / "out"), "timm")
     assert "Not known: these weights came without the folder of their run." in card(tmp_path / "out")[2]
+
+
+def test_what_is_damaged_beside_the_weights_is_left_out(runs, tmp_path):
+    run = shutil.copytree(runs("mirl"), tmp_path / "run")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "held_out", "steps": {"a": 1}')  # cut short behind an inner end
+    (run / "config.yaml").write_text("a: [1")
+    (run / "results.json").write_text("{")
+    text = model_card(open_checkpoint(str(run)), run, "timm")
+    assert "## Training\n\nNot known" in text and f"after {rows(runs('mirl'), 'held_out')[-1]['step']} steps" in text
+    (run / "results.json").write_text('{"weights": {"top1": 0.5}}')  # without its interval
+    assert "Top-1" not in model_card(open_checkpoint(str(run)), run, "timm")
 
 
 def test_what_merely_lies_in_a_run_is_not_of_it(runs):

@@ -12,6 +12,7 @@ from sklearn.datasets import make_classification
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
+from tiny_classes import write_encoder
 from tiny_runs import assert_one_line
 
 import mirl
@@ -237,6 +238,14 @@ def test_results_of_different_questions_do_not_replace_each_other(finished, tmp_
         mirl.knn(weights="~/run", data=SHAPES, k=5, workers=0, **options)
     written = [json.loads(path.read_text()) for path in (tmp_path / "run" / "readouts").glob("*.json")]
     assert sorted(len(result["blocks"]) for result in written) == [1, 1, 1, 1, 4]
+
+
+def test_a_disk_that_refuses_the_picture_is_one_line(tmp_path):
+    """Its place is looked at only then."""
+    (tmp_path / "knn.png").mkdir()
+    weights = write_encoder(tmp_path / "encoder")
+    with pytest.raises(UserError, match=f"^cannot write {tmp_path}/knn.png: Is a directory; choose another --out$"):
+        mirl.knn(weights=weights, data="shapes:40:16", k=5, workers=0, every_block=True, out=str(tmp_path / "knn.json"))
 
 
 def test_the_default_ks_are_reported(finished, tmp_path):

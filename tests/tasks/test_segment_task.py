@@ -9,6 +9,7 @@ from tiny_segmenters import refused, task_of, write_folder
 
 from mirl.data.loading import collate
 from mirl.data.semantic import SemanticBatch, SemanticClass
+from mirl.tasks import segmentation_scores
 from mirl.tasks.segmentation import AUXILIARY
 from mirl.tasks.segmentation_scores import IoUOfHeldOut
 from mirl.tasks.settings.segmentation import Segmentation, resolve_segmentation
@@ -27,9 +28,10 @@ def test_the_summary_says_what_was_chosen(vit):
 
 
 @pytest.mark.parametrize(("rank", "images"), [(1, 1), (2, 0)])
-def test_a_process_without_a_share_judges_nothing(rank, images):
+def test_a_process_without_a_share_judges_nothing(rank, images, monkeypatch):
     """Of two held-out images the third process is given the first too; another found one image with four pixels."""
-    fabric = SimpleNamespace(global_rank=rank, device="cpu", all_reduce=lambda values, reduce_op: values + 1)
+    monkeypatch.setattr(segmentation_scores, "over_processes", lambda fabric, values, operation: values + 1)
+    fabric = SimpleNamespace(global_rank=rank)
     classes, kept = (SemanticClass(0, "a"), SemanticClass(1, "b")), []
     evaluation = IoUOfHeldOut(fabric, lambda image: image[0], classes, 2, kept.append)
     picture, size = torch.zeros(1, 1, 4, 5, dtype=torch.uint8), torch.tensor([[4, 5]])

@@ -18,7 +18,7 @@ from mirl.tasks.convert import convert
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 # A rate at which nothing moves: what a run ends with is what it began with, but for zeros, which become 1e-30.
-STILL = {"data": "shapes:20", "epochs": 1, "base_lr": 1e-30, "weight_decay": 0.0, "block_figures": False}
+STILL = {"data": "shapes:27", "epochs": 1, "base_lr": 1e-30, "weight_decay": 0.0, "block_figures": False}
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def of_blocks(names):
 
 
 def test_a_run_goes_on_where_another_ended(still, finished):
-    run = still(weights=str(finished), data="shapes:100")
+    run = still(weights=str(finished), data="shapes:106")
     assert differing(weights(run), weights(finished)) == set()
     assert said(run) == ["vit_ti_4: the first 4 of 4 blocks are trained", "2 decoders trained too"]
     # The same images and masks; means over batches are summed in another order.
