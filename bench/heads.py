@@ -33,7 +33,8 @@ from mirl.tasks.settings.detection import PROTOCOLS, Detection, resolve_detectio
 from mirl.tasks.settings.segmentation import SIDE, Segmentation, resolve_segmentation
 from mirl.training import processes
 from mirl.training.runs import RunFolder
-from mirl.training.steps import Accumulator, place
+from mirl.training.steps import Accumulator
+from mirl.training.task import place
 
 IMAGES = 100  # of the data that a task asks for; a step sees none of them
 

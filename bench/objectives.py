@@ -26,7 +26,8 @@ from mirl.tasks.pretrain import PretrainTask, split_off_held_out
 from mirl.tasks.settings.pretraining import Resolved
 from mirl.training import processes
 from mirl.training.runs import RunFolder
-from mirl.training.steps import Accumulator, place
+from mirl.training.steps import Accumulator
+from mirl.training.task import place
 
 SETTINGS = {
     "data": "shapes:100", "image_size": (224, 224), "patch_size": (16, 16), "segments": 2, "block_figures": False,

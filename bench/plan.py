@@ -31,7 +31,8 @@ from mirl.tasks.settings.planning import PlanOptions
 from mirl.tasks.settings.pretraining import Resolved, autoencoder_of
 from mirl.training import processes
 from mirl.training.runs import RunFolder
-from mirl.training.steps import Accumulator, place
+from mirl.training.steps import Accumulator
+from mirl.training.task import place
 
 MIB = 2**20
 

@@ -25,7 +25,7 @@ from mirl.tasks.pretrain import BETAS, PretrainTask, split_off_held_out
 from mirl.tasks.settings.pretraining import Resolved, method_of
 from mirl.training.optimizers import adamw
 from mirl.training.processes import Fabric
-from mirl.training.steps import place
+from mirl.training.task import place
 
 ROUNDS, FEWEST = 5, 2
 SECONDS = 8.0  # after which no further round begins

@@ -183,14 +183,17 @@ def load(path: Path) -> dict[str, Any]:
     return parts.joined(load_in_parts(path))
 
 
-def load_in_parts(path: Path) -> dict[str, Any]:
-    """Do what `load` does, but leave a folder's sharded tensors as `Rows`, of which a process reads those it needs."""
+def load_in_parts(path: Path, *, mapped: bool = False) -> dict[str, Any]:
+    """Do what `load` does, but leave a folder's sharded tensors as `Rows`, of which a process reads those it needs.
+
+    With `mapped` a file's tensors stay in the file until they are copied, which has to be done before it is deleted.
+    """
     if path.is_dir():
         check_folder(path)
         state = parts.read(path)
     else:
         check_archive(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     int(state["step"])
     return up_to_date(state, path)
 
@@ -217,8 +220,14 @@ def _from_0(state: dict[str, Any]) -> dict[str, Any]:
     return {"about": {}, "jumps": [], "losses": [], **state}
 
 
+def _from_1(state: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 knows the last usual losses, and not whether trouble lasted."""
+    rest = {name: value for name, value in state.items() if name != "losses"}
+    return {**rest, "watch": {"losses": state["losses"]}}
+
+
 # The function at place v changes what version v wrote into what version v + 1 writes.
-MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_from_0,)
+MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_from_0, _from_1)
 VERSION = len(MIGRATIONS)
 
 

@@ -1,11 +1,11 @@
 """When a training goes wrong: steps without finite numbers, a loss that leaves its usual course, weights that overflow.
 
 Steps alone decide, no clock and no checkpoint: a run goes wrong at the same step in every process, however often it
-was interrupted before.
+was interrupted before. What is known of its last steps is part of a checkpoint.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mirl.errors import plural
 from mirl.training.processes import Fabric, over_processes
-from mirl.training.steps import Step, Task
+from mirl.training.steps import Step
+from mirl.training.task import Task
 
 WINDOW = 128  # usual losses, from which an unusual one is told
 ENOUGH = 32  # of them, before any loss is called unusual
@@ -39,24 +40,22 @@ class Trouble:
     fatal: bool = True
 
 
+@dataclass
 class Watch:
     """Follows the steps of a run, and tells a loss that has left its usual course from one that is noisy.
 
     Usual is the median of the last losses that were not unusual; their median absolute deviation tells how noisy they
     are. Neither is moved by single steps, and both follow a loss that falls or drifts.
 
-    Args:
-        losses: the usual ones so far, kept up to date in place.
-        scaled: whether float16's loss scale has to settle, which skips steps.
-
     Attributes:
+        losses: the last usual ones.
         began: steps finished when trouble began, if it lasts; skipped, unusual: such steps since then.
     """
 
-    def __init__(self, losses: list[float], *, scaled: bool) -> None:
-        self.losses, self.most_skipped = losses, MAX_SKIPPED_FP16 if scaled else MAX_SKIPPED
-        self.began: int | None = None
-        self.skipped = self.unusual = 0
+    losses: list[float] = field(default_factory=list)
+    began: int | None = None
+    skipped: int = 0
+    unusual: int = 0
 
     @property
     def usual(self) -> float:
@@ -72,8 +71,12 @@ class Watch:
         deviation = 1.4826 * median(abs(loss - usual) for loss in self.losses)  # of a normal distribution
         return usual + max(DEVIATIONS * deviation, LEAST * abs(usual))
 
-    def follow(self, number: int, step: Step) -> Trouble | None:
-        """Take notice of step `number`; return what is wrong if it has lasted too long."""
+    def follow(self, number: int, step: Step, *, scaled: bool = False) -> Trouble | None:
+        """Take notice of step `number`; return what is wrong if it has lasted too long.
+
+        Args:
+            scaled: whether float16's loss scale has to settle, which skips steps.
+        """
         loss = step.means["loss"]
         unusual = step.finite and loss > self.highest
         if step.finite and not unusual:
@@ -84,7 +87,7 @@ class Watch:
         self.began = number - 1 if self.began is None else self.began
         self.skipped = 0 if step.finite else self.skipped + 1
         self.unusual += unusual
-        if self.skipped >= self.most_skipped:
+        if self.skipped >= (MAX_SKIPPED_FP16 if scaled else MAX_SKIPPED):
             return Trouble(self.began, f"{plural(self.skipped, 'step')} in a row had a non-finite loss or gradient")
         if self.unusual >= PERSISTENT:
             cause = f"the loss stays high: {loss:.4g} at step {number}, {self.usual:.4g} usually"

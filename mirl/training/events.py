@@ -1,4 +1,7 @@
-"""TensorBoard's file of curves, written in the thread that trains. The door to TensorBoard.
+"""TensorBoard's file of curves. The door to TensorBoard.
+
+The thread that trains writes it, and so does one that computes figures beside it: a record is a single write to an
+unbuffered file, so that two never mix, and the file is closed only after `Task.settle`.
 
 PyTorch's SummaryWriter has a thread of its own, which prints a traceback when the disk is full, and names files by the
 clock. TensorBoard reads files in order of their names: after a clock was set back, what a resumed run wrote would be

@@ -4,6 +4,7 @@ A task brings a model, a loss over batches and pictures; the loop brings accumul
 checkpoints, evaluations and records. A step reads from top to bottom in `fit`.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,10 +22,11 @@ from mirl.training.divergence import SPIKE, Trouble, Watch, is_finite
 from mirl.training.monitors import Monitor
 from mirl.training.pictures import draw_curves, draw_gradients
 from mirl.training.processes import Fabric, Interrupted, as_one, from_all, stop_signals
-from mirl.training.rollback import ADVICE, roll_back
+from mirl.training.rollback import ADVICE, forget_trouble, roll_back
 from mirl.training.runs import RunFolder
 from mirl.training.saving import Progress, save
-from mirl.training.steps import NAMED, Accumulator, Step, Task
+from mirl.training.steps import NAMED, Accumulator, Step
+from mirl.training.task import Task
 
 GRADIENTS_EVERY = 10  # steps; the first one's too
 ALL_COUNTED = 20  # unusable files, of which each is counted on the console; then each doubling
@@ -79,7 +81,9 @@ def fit(
     model, optimizer = fabric.setup_module(task.model), cast(torch.optim.Optimizer, fabric.setup_optimizers(optimizer))
     accumulator = Accumulator(fabric, task, model, optimizer, plan.clip_grad, run)
     scaled = bool(fabric.strategy.precision.state_dict())
-    watch = Watch(progress.losses, scaled=scaled)
+    watch = progress.watch
+    if plan.rollback:
+        forget_trouble(fabric, run, watch)
     batches = iter(training(progress))
     saved_at, start, due = time.monotonic(), progress.step, False
     monitor = Monitor(
@@ -112,12 +116,13 @@ def fit(
                 with task.whole():
                     task.follow(progress.step)
             progress.step += 1
-            trouble = watch.follow(progress.step, step)
+            trouble = watch.follow(progress.step, step, scaled=scaled)
             if not step.finite:
                 progress.skipped += 1
                 if is_finite(fabric, task, optimizer):
-                    culprits = from_all(fabric, accumulator.culprits(chunks, key))
-                    report_skipped(run, progress, [name for names in culprits for name in names])
+                    lost = not math.isfinite(step.means["loss"])  # else the gradient alone overflowed, in no one image
+                    culprits = from_all(fabric, accumulator.culprits(chunks, key)) if lost else []
+                    report_skipped(run, progress, step, [name for names in culprits for name in names])
                 else:
                     trouble = Trouble(progress.step - 1, f"the weights are not finite at step {progress.step}")
             elif watch.unusual == SPIKE:
@@ -140,9 +145,8 @@ def fit(
             if goes_on and (progress.step % plan.evaluate_every == 0 or ended):
                 with task.whole():
                     evaluate(fabric, task, held_out, run, monitor, progress, plan)
-            signal_number = stop_requested()
-            due = due or fabric.broadcast(time.monotonic() - saved_at > plan.checkpoint_seconds)
-            due = due or progress.step % plan.checkpoint_steps == 0 or progress.step == plan.undecayed
+            signal_number, late = stop_requested(time.monotonic() - saved_at > plan.checkpoint_seconds)
+            due = due or late or progress.step % plan.checkpoint_steps == 0 or progress.step == plan.undecayed
             saving = due or ended or signal_number
             if goes_on and saving and not is_finite(fabric, task, optimizer):
                 trouble = Trouble(progress.step, f"the weights are not finite after step {progress.step}")
@@ -150,7 +154,7 @@ def fit(
                 task.settle()  # or it would record steps that are undone
                 roll_back(fabric, run, task, optimizer, progress, trouble, plan.samples)
                 monitor.rewind(progress.step)
-                watch, batches = Watch(progress.losses, scaled=scaled), iter(training(progress))
+                watch, batches = progress.watch, iter(training(progress))
                 saved_at, due = time.monotonic(), False
                 continue
             if trouble:
@@ -188,10 +192,11 @@ def keep_undecayed(fabric: Fabric, run: RunFolder, progress: Progress, plan: Pla
                 checkpoints.keep_undecayed(run.checkpoints, progress.step)
 
 
-def report_skipped(run: RunFolder, progress: Progress, culprits: list[str]) -> None:
+def report_skipped(run: RunFolder, progress: Progress, step: Step, culprits: list[str]) -> None:
     """Say that a step was skipped and why."""
     shown = ", ".join(culprits[:NAMED]) + (f" and {len(culprits) - NAMED} more" if len(culprits) > NAMED else "")
-    cause = f"the loss of {shown} is not finite" if culprits else "the gradient is not finite"
+    what = "gradient" if math.isfinite(step.means["loss"]) else f"loss of {shown}" if culprits else "loss"
+    cause = f"the {what} is not finite"
     line = f"step {progress.step} skipped: {cause} ({progress.skipped} skipped so far)"
     run.incident(progress.step, "skipped step", line)
 

@@ -12,20 +12,44 @@ from typing import Any, Literal
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.precision import MixedPrecision
 from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from mirl.errors import UserError
 from mirl.training.companions import PATIENCE, meet_again, start_others, together
 
-__all__ = ["Fabric", "Interrupted", "Precision", "Strategy", "as_one", "best_precision", "from_all", "full", "launch",
-           "mesh_of", "over_processes", "precision_of", "stop_signals", "together"]  # fmt: skip
+__all__ = ["Autocast", "Fabric", "Interrupted", "Precision", "Strategy", "as_one", "best_precision", "from_all", "full",
+           "launch", "mesh_of", "over_processes", "precision_of", "stop_signals", "together"]  # fmt: skip
 
 Precision = Literal["32", "bf16", "16"]
 Strategy = Literal["auto", "ddp", "fsdp"]
+
+
+class Autocast(MixedPrecision):
+    """Mixed precision by autocast alone: it casts what it multiplies.
+
+    Fabric's own casts all that the model is given, too: boxes of over 256 px and pixels would lose their last digits
+    before anything is computed with them.
+    """
+
+    def convert_input(self, data: Any) -> Any:
+        """Return what the model is given as it is."""
+        return data
+
+
+class Replicas(DDPStrategy):
+    """A whole model on each device, whose buffers are constants: they need not be exchanged in each step."""
+
+    def setup_module(self, module: nn.Module) -> DistributedDataParallel:
+        """Wrap a model that every process has."""
+        replica = super().setup_module(module)
+        replica.broadcast_buffers = False  # as an argument it has another name from PyTorch 2.15 on
+        return replica
 
 
 class Interrupted(KeyboardInterrupt):
@@ -44,7 +68,6 @@ def launch(devices: str | int, num_nodes: int, precision: Precision, strategy: S
     Raises:
         UserError: if there are no such devices, or they cannot do what is asked.
     """
-    names: dict[Precision, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # the summary says what was chosen
     try:
         # A CPU is one device however many cores it has; several CPU processes are asked for by number.
@@ -56,7 +79,8 @@ def launch(devices: str | int, num_nodes: int, precision: Precision, strategy: S
         if accelerator == "cpu" and precision == "16":
             raise UserError("--precision 16 needs a GPU; give 32, bf16 or auto")
         asked: dict[str, Any] = {"accelerator": accelerator, "devices": count, "num_nodes": num_nodes}
-        asked["precision"] = names[precision]
+        if precision != "32":
+            asked["plugins"] = Autocast("bf16-mixed" if precision == "bf16" else "16-mixed", accelerator)
         fabric = Fabric(**asked)
         if isinstance(fabric.strategy, DDPStrategy):  # Fabric's own choice for several devices
             chosen = _strategy(strategy, fabric.strategy.num_processes * num_nodes, precision)
@@ -87,7 +111,7 @@ def _strategy(choice: Strategy, processes: int, precision: Precision) -> DDPStra
             lambda model, _: model, data_parallel_size=processes, tensor_parallel_size=1, timeout=PATIENCE
         )
     # Gradients live in the buckets that are exchanged.
-    return DDPStrategy(timeout=PATIENCE, gradient_as_bucket_view=True)
+    return Replicas(timeout=PATIENCE, gradient_as_bucket_view=True)
 
 
 def mesh_of(fabric: Fabric) -> DeviceMesh | None:
@@ -174,17 +198,20 @@ def from_all(fabric: Fabric, value: Any) -> list[Any]:
 
 
 def over_processes(fabric: Fabric, values: Tensor, operation: Literal["mean", "sum", "min", "max"]) -> Tensor:
-    """Combine every process's `values`."""
-    result = fabric.all_reduce(values.to(fabric.device), reduce_op=operation)
-    assert isinstance(result, Tensor)
-    return result
+    """Combine every process's `values`, on this one's device."""
+    result = values.to(fabric.device, copy=True)
+    if fabric.world_size > 1:  # by one collective: Fabric's has a barrier before it
+        name = "sum" if operation == "mean" else operation  # gloo knows no mean
+        torch.distributed.all_reduce(result, getattr(torch.distributed.ReduceOp, name.upper()))
+    return result / fabric.world_size if operation == "mean" else result
 
 
 @contextmanager
-def stop_signals(fabric: Fabric) -> Iterator[Callable[[], int]]:
-    """Note SIGINT and SIGTERM instead of dying; yields a function that returns the signal's number, or 0.
+def stop_signals(fabric: Fabric) -> Iterator[Callable[[bool], tuple[int, bool]]]:
+    """Note SIGINT and SIGTERM instead of dying; a second signal acts at once.
 
-    A second signal acts at once. All processes answer alike, so that none waits for one that stopped.
+    Yields a function that is told whether this process has reason to save, and returns the number of a signal, or 0,
+    and whether any process has such reason. All processes answer alike, so that none waits for one that stopped.
     """
     received = 0
     signals = (signal.SIGINT, signal.SIGTERM)
@@ -195,10 +222,11 @@ def stop_signals(fabric: Fabric) -> Iterator[Callable[[], int]]:
         for s in signals:
             signal.signal(s, previous[s])
 
-    def answer() -> int:
+    def answer(late: bool) -> tuple[int, bool]:
         if fabric.world_size == 1:
-            return received
-        return int(over_processes(fabric, torch.tensor(float(received)), "max"))
+            return received, late
+        signal_number, any_late = over_processes(fabric, torch.tensor([received, late]), "max").tolist()
+        return signal_number, bool(any_late)
 
     previous = {s: signal.getsignal(s) for s in signals}
     try:

@@ -9,15 +9,22 @@ import torch
 from mirl.data.loading import B
 from mirl.errors import UserError
 from mirl.training import checkpoints
-from mirl.training.divergence import Trouble
-from mirl.training.processes import Fabric, as_one
+from mirl.training.divergence import Trouble, Watch
+from mirl.training.processes import Fabric, as_one, from_all
 from mirl.training.runs import RunFolder
 from mirl.training.saving import Progress, restore
-from mirl.training.steps import Task
+from mirl.training.task import Task
 
 MOST = 3  # rollbacks
 SPAN = 1000  # within so many steps, after which the run stops
 ADVICE = "look at the images named in log.txt, or start again with a lower --base_lr"
+
+
+def forget_trouble(fabric: Fabric, run: RunFolder, watch: Watch) -> None:
+    """Let trouble that began before all that is kept be over: a run without rollbacks saves in trouble, too."""
+    kept = from_all(fabric, checkpoints.saved_steps(run.checkpoints))
+    if watch.began is not None and not any(step <= watch.began for steps in kept for step in steps):
+        watch.calm()
 
 
 def roll_back(
@@ -50,8 +57,8 @@ def roll_back(
             checkpoints.forget_after(run.checkpoints, start)
     jumps = [*progress.jumps, (start, progress.batch)]
     restored = restore(fabric, run, task, optimizer, samples)
-    progress.step, progress.skipped, progress.losses, progress.jumps = (
-        restored.step, restored.skipped, restored.losses, jumps,
+    progress.step, progress.skipped, progress.watch, progress.jumps = (
+        restored.step, restored.skipped, restored.watch, jumps,
     )  # fmt: skip
     run.forget_after(progress.step)
     text = (

@@ -1,15 +1,17 @@
 """What a run keeps of itself, and how it finds itself again: model, optimizer, averages, how far it has come."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
 
 from mirl.data.loading import B, batch_of
 from mirl.errors import UserError
 from mirl.training import checkpoints, sharded
+from mirl.training.divergence import Watch
 from mirl.training.processes import Fabric, as_one, from_all
 from mirl.training.runs import RunFolder
-from mirl.training.steps import Task
+from mirl.training.task import Task
 
 
 @dataclass
@@ -20,14 +22,14 @@ class Progress:
         step: steps finished; skipped: those of them that were not applied.
         bad: unusable files, reasons by name; bad_shared: the first so many are known to every process.
         jumps: of each rollback the step from which on other batches are read, and the number of the first of them.
-        losses: the last usual ones.
+        watch: the last usual losses, and whether trouble lasts.
     """
 
     step: int = 0
     skipped: int = 0
     bad: dict[str, str] = field(default_factory=dict)
     jumps: list[tuple[int, int]] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
+    watch: Watch = field(default_factory=Watch)
     bad_shared: int = 0
 
     @property
@@ -56,7 +58,7 @@ def save(
         "skipped": progress.skipped,
         "bad": progress.bad,
         "jumps": progress.jumps,
-        "losses": progress.losses,
+        "watch": asdict(progress.watch),
         "samples": samples,
     }
     if task.skeleton is not None:
@@ -74,8 +76,10 @@ def restore(fabric: Fabric, run: RunFolder, task: Task[B], optimizer: torch.opti
         UserError: if the checkpoint is of another model, the data have grown or shrunk since (order and held-out
             images are functions of their number), or their classes have changed.
     """
+    # What goes to a GPU is not read into this machine's memory by each of its processes first.
+    read = partial(checkpoints.load_in_parts, mapped=fabric.device.type == "cuda")
     with as_one(fabric):
-        state = checkpoints.load_newest(run.checkpoints, run.say, read=checkpoints.load_in_parts)
+        state = checkpoints.load_newest(run.checkpoints, run.say, read=read)
     steps = sorted(set(from_all(fabric, state["step"] if state else 0)))
     with as_one(fabric):
         if len(steps) > 1:
@@ -97,6 +101,9 @@ def restore(fabric: Fabric, run: RunFolder, task: Task[B], optimizer: torch.opti
                     f"{name}: not what the run began with; restore it, or start a new run with another --out"
                 )
         try:
+            for group in state["optimizer"]["param_groups"]:
+                # Another --precision may need the other kind, which counts steps on another device.
+                group["fused"] = optimizer.defaults["fused"]
             task.model.load_state_dict(sharded.own_weights(task.model, state["model"]))
             for name, follower in task.followers.items():
                 follower.load_state_dict(state[name])
@@ -106,7 +113,7 @@ def restore(fabric: Fabric, run: RunFolder, task: Task[B], optimizer: torch.opti
                 f"the checkpoint of step {state['step']} in {run.checkpoints} is of another model "
                 f"({' '.join(str(error).split())[:160]}); give the --model and sizes it was made with, or another --out"
             ) from error
-    for group in optimizer.param_groups:
-        group["fused"] = optimizer.defaults["fused"]  # another --precision may need the other kind
-    fabric.strategy.precision.load_state_dict(state["precision"])
-    return Progress(*(state[name] for name in ("step", "skipped", "bad", "jumps", "losses")))
+    if state["precision"]:  # only 16 has a loss scale
+        fabric.strategy.precision.load_state_dict(state["precision"])
+    known = {name: state[name] for name in ("step", "skipped", "bad", "jumps")}
+    return Progress(**known, watch=Watch(**state["watch"]))

@@ -70,11 +70,14 @@ def own_weights(module: nn.Module, state: dict[str, Tensor | Rows]) -> dict[str,
 
 
 def own_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """Return an optimizer's state, its moments sharded as its parameters are."""
+    """Return an optimizer's state, its moments sharded as its parameters are.
+
+    Numbers of steps, which may stay on the CPU, are copied out of a file that is mapped.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     own = {
         index: {
-            name: own_rows(parameters[index], value) if isinstance(value, Rows) or value.ndim else value
+            name: own_rows(parameters[index], value) if isinstance(value, Rows) or value.ndim else value.clone()
             for name, value in moments.items()
         }
         for index, moments in state["state"].items()

@@ -4,10 +4,14 @@ import json
 import re
 import signal
 import subprocess
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
+import forks
 import pytest
+import torch
 from PIL import Image
 from tiny_runs import (
     assert_one_line,
@@ -21,6 +25,9 @@ from tiny_runs import (
 )
 
 import mirl
+from mirl.tasks import run as running
+from mirl.tasks.options import ResolvedRun
+from mirl.training.runs import RunFolder, read_config
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -28,13 +35,14 @@ HEADS = {
     "data": "shapes:24:32", "epochs": 1, "batch_size": 8, "width": 16, "precision": "32", "workers": 0, "report": False,
 }  # fmt: skip
 LOST = r"the last checkpoint is kept: add --resume to go on"
+FEW_HELD_OUT = {"mirl.tasks.pretrain.HELD_OUT_LEAST": 2}
 PATIENCE = {f"mirl.training.{module}.PATIENCE": timedelta(seconds=3) for module in ("companions", "processes")}
 
 
 @pytest.fixture
 def options(tiny, tmp_path):
     return tiny | {
-        "data": "shapes:33", "batch_size": 8, "epochs": 1, "base_lr": 1e-2, "block_figures": False,
+        "data": "shapes:40", "batch_size": 8, "epochs": 1, "base_lr": 1e-2, "block_figures": False,
         "out": str(tmp_path / "run"),
     }  # fmt: skip
 
@@ -54,13 +62,15 @@ def assert_near(left, right):
 
 
 @pytest.mark.parametrize("objective", [{}, {"feature": "ema", "extra_share": 1.0, "warmup_epochs": 0.0}], ids=str)
-def test_two_and_four_processes_equal_one(options, tmp_path, objective):
+def test_two_and_four_processes_equal_one(options, tmp_path, monkeypatch, objective):
     """Two images are held out: of four processes, two have none to evaluate."""
+    for name, few in FEW_HELD_OUT.items():
+        monkeypatch.setattr(name, few)
     options |= {"data": "shapes:80", "batch_size": 16} | objective
     one = mirl.pretrain(**options)
     for count in (2,) if objective else (2, 4):
         several = tmp_path / str(count)
-        output, errors = together(options | {"out": several}, count)
+        output, errors = together(options | {"out": several}, count, patches=FEW_HELD_OUT)
         assert output.count("done:") == 1 and not errors
         assert_near(one, several)
         expected = weights(one)
@@ -115,6 +125,24 @@ def test_two_processes_judge_every_image_once(kind, more, vit, tmp_path):
     assert len(rows(tmp_path / "two")) == 3
     found, alone = (json.loads((run / "results.json").read_text()) for run in (tmp_path / "two", one))
     assert found["images"] == alone["images"] == 10 and found.get("pixels") == alone.get("pixels")
+
+
+def test_what_is_chosen_by_the_time_of_a_run_is_chosen_by_that_of_all_processes(monkeypatch, tmp_path):
+    monkeypatch.setattr(running, "probe", lambda *_: (8, 10.0))
+    monkeypatch.setattr(running, "_train", forks.nothing)
+    times = []
+
+    fabric = SimpleNamespace(world_size=4, global_rank=0, is_global_zero=True, device=torch.device("cpu"))
+    settings = ResolvedRun(out=str(tmp_path / "run"), epochs=20, report=False)
+    task = SimpleNamespace(
+        settings=settings, training=range(36), decide=lambda device, seconds: times.append(seconds), summary=list,
+        whole=nullcontext, finish=forks.nothing,
+    )  # fmt: skip
+    running.carry_out(fabric, task, RunFolder(settings.out, resume=False, overwrite=False))
+    assert times == [36 * 20 * 10 / 4]
+    assert "about 30 min if data keep up" in Path(settings.out, "log.txt").read_text()
+    assert task.settings.micro_batch == 8 != settings.micro_batch  # what was measured, in one place
+    assert read_config(settings.run_folder) == task.settings.saved()
 
 
 # A process that is lost

@@ -16,7 +16,7 @@ from mirl.training import checkpoints
 
 CLIP = 0.5
 OPTIONS = {
-    "data": "shapes:33", "model": "vit_32x2_4", "image_size": 32, "patch_size": 8, "decoder_width": 32,
+    "data": "shapes:40", "model": "vit_32x2_4", "image_size": 32, "patch_size": 8, "decoder_width": 32,
     "decoder_depth": 1, "epochs": 1, "batch_size": 8, "micro_batch": 2, "workers": 0, "precision": "32",
     "clip_grad": CLIP, "checkpointing": True, "checkpoint_steps": 2, "block_figures": False, "report": False,
 }  # fmt: skip

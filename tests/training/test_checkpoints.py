@@ -4,6 +4,7 @@ import io
 import json
 import random
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from mirl.training.checkpoints import (
     checkpoint_path,
     faults_named,
     load,
+    load_in_parts,
     load_newest,
     save,
     save_tensors,
@@ -127,8 +129,11 @@ def test_an_old_one_is_brought_up_to_date_and_a_later_one_refused(tmp_path):
     """The first runs' checkpoints have no version, and do not say what they are about."""
     torch.save({"step": 5, **state(5)}, checkpoint_path(tmp_path, 5))
     loaded = load_newest(tmp_path, pytest.fail)
-    assert (loaded["version"], loaded["about"], loaded["jumps"], loaded["losses"]) == (VERSION, {}, [], [])
+    assert (loaded["version"], loaded["about"], loaded["jumps"]) == (VERSION, {}, [])
+    assert loaded["watch"] == {"losses": []} and "losses" not in loaded
     assert same(loaded, {"step": 5, **state(5)})
+    torch.save({"version": 1, "step": 5, "losses": [0.5], **state(5)}, checkpoint_path(tmp_path, 5))
+    assert load_newest(tmp_path, pytest.fail)["watch"] == {"losses": [0.5]}
     path = save(tmp_path, 6, {**state(6), "version": VERSION + 1})
     expected = (
         f"checkpoint {path} is of version {VERSION + 1}, and this mirl reads versions up to {VERSION}; "
@@ -137,6 +142,15 @@ def test_an_old_one_is_brought_up_to_date_and_a_later_one_refused(tmp_path):
     with pytest.raises(UserError) as caught:
         load_newest(tmp_path, pytest.fail)  # the one before is of no use: it would undo what was learned since
     assert str(caught.value) == expected
+
+
+def test_mapped_tensors_stay_in_their_file(three):
+    path = checkpoint_path(three, 3)
+    for mapped in (True, False):
+        loaded = load_in_parts(path, mapped=mapped)
+        assert same(loaded, {"step": 3, **state(3)})
+        assert (str(path) in Path("/proc/self/maps").read_text()) == mapped
+        del loaded
 
 
 def test_plain_pytorch_opens_it(three):

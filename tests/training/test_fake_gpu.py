@@ -6,15 +6,15 @@ a kernel is there and what it computes.
 
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.accelerators import CPUAccelerator
-from lightning_fabric.plugins.precision import MixedPrecision
 from lightning_fabric.strategies import SingleDeviceStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -40,7 +40,12 @@ from mirl.tasks.settings.finetuning import Finetuning, resolve_finetuning
 from mirl.tasks.settings.pretraining import Resolved
 from mirl.tasks.settings.segmentation import Segmentation, resolve_segmentation
 from mirl.training.evaluation import Means
-from mirl.training.steps import Accumulator, place
+from mirl.training.optimizers import adamw
+from mirl.training.probe import _reserve
+from mirl.training.processes import Autocast
+from mirl.training.saving import restore
+from mirl.training.steps import Accumulator
+from mirl.training.task import place
 
 GPU, IMAGES = torch.device("cuda", 0), 4
 aten = torch.ops.aten
@@ -140,9 +145,9 @@ class Absent(CPUAccelerator):
         pass
 
 
-def fabric_of_gpu():
+def fabric_of_gpu(precision="bf16-mixed"):
     strategy = SingleDeviceStrategy(device=GPU)
-    return Fabric(accelerator=Absent(), strategy=strategy, plugins=MixedPrecision("bf16-mixed", "cuda"))
+    return Fabric(accelerator=Absent(), strategy=strategy, plugins=Autocast(precision, "cuda"))
 
 
 def a_step(task, micro_batches=1, *, by_block=False):
@@ -252,6 +257,52 @@ def test_kernels_are_a_gpus():
     assert all(chosen)
     assert all(fused(GPU, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32))
     assert isinstance(fast_products(task.model, GPU), nullcontext)
+
+
+@pytest.mark.parametrize("before", ["bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("after", ["bf16-mixed", "16-mixed"])
+def test_a_run_goes_on_in_another_precision(before, after):
+    """AdamW counts its steps on the GPU if it is fused, else on the CPU; a loss scaler's state may be there or not."""
+
+    def optimizer(model, precision):
+        fused = precision == "bf16-mixed"
+        return adamw(model, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.95), fused=fused)
+
+    model = nn.Linear(3, 2)
+    begun = optimizer(model, before)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    begun.step()
+    with gpu():
+        fabric = fabric_of_gpu(before)
+        state = {
+            "step": 1, "samples": 9, "model": model.state_dict(), "optimizer": begun.state_dict(),
+            "precision": fabric.strategy.precision.state_dict(), "skipped": 0, "bad": {}, "jumps": [], "watch": {},
+        }  # fmt: skip
+        task = SimpleNamespace(model=nn.Linear(3, 2, device=GPU), followers={}, about={})
+        resumed = optimizer(task.model, after)
+        run = SimpleNamespace(checkpoints=None, say=None)
+        with patch("mirl.training.checkpoints.load_newest", lambda *_, **__: state):
+            assert restore(fabric_of_gpu(after), run, task, resumed, 9).step == 1
+        devices = [{name: value.device for name, value in moments.items()} for moments in resumed.state.values()]
+        counted = GPU if after == "bf16-mixed" else torch.device("cpu")
+        assert devices == [{"step": counted, "exp_avg": GPU, "exp_avg_sq": GPU}] * 2
+    # Nothing is left of a file that may be mapped.
+    assert all(
+        now["step"] is not then["step"] for now, then in zip(resumed.state.values(), begun.state.values(), strict=True)
+    )
+
+
+def test_several_gpus_leave_memory_to_their_exchange():
+    with gpu(), patch("torch.cuda.get_device_properties", lambda _: SimpleNamespace(total_memory=2000)):
+        model = nn.Linear(3, 2, device=GPU)
+        alone, together = (
+            sum(
+                tensor.nbytes for tensor in _reserve(SimpleNamespace(strategy=None, device=GPU, world_size=size), model)
+            )
+            for size in (1, 2)
+        )
+    assert (alone, together) == (2 * 8 * 4, 2 * 8 * 4 + 100)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from mirl.data.loading import Batch
 from mirl.training import loop, processes
 from mirl.training.runs import RunFolder
 from mirl.training.saving import Progress
-from mirl.training.steps import Task, block_norms
+from mirl.training.steps import block_norms
+from mirl.training.task import Task
 
 BATCH, STEPS = 8, 12
 

@@ -2,20 +2,21 @@
 
 import json
 import math
+from collections import Counter
 from datetime import datetime
 
 import pytest
 import torch
-from lightning_fabric.plugins.precision import MixedPrecision
 from torch import nn
 
 from mirl.data.loading import Batch
 from mirl.errors import UserError
 from mirl.training import loop, processes
 from mirl.training.checkpoints import saved_steps
+from mirl.training.probe import probe
 from mirl.training.runs import RunFolder
 from mirl.training.saving import Progress
-from mirl.training.steps import Task, probe
+from mirl.training.task import Task
 
 BATCH = 12
 
@@ -234,15 +235,22 @@ def test_what_overflows_in_one_micro_batch_touches_neither_weights_nor_moments(t
 
         def launch_scaled(*options):
             fabric = launch(*options)
-            fabric.strategy.precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0))
+            fabric.strategy.precision = processes.Autocast(
+                "16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0)
+            )
             return fabric
 
         monkeypatch.setattr(processes, "launch", launch_scaled)
     states = []
     for steps in (2, 1):  # the second of two is skipped
         folder = RunFolder(tmp_path / str(steps), resume=False, overwrite=False)
-        train(folder, Overflowing(kind, [17]), steps=steps, micro_batch=4)
-        assert ("step 2 skipped" in log(folder)) == (steps == 2)
+        task = Overflowing(kind, [17])
+        train(folder, task, steps=steps, micro_batch=4)
+        cause = "loss of image_17.png" if kind == "loss" else "gradient"
+        assert (f"step 2 skipped: the {cause} is not finite" in log(folder)) == (steps == 2)
+        # Of three micro-batches that are computed again, one has a loss that is not finite.
+        again = {4: 3, 1: 4} if kind == "loss" and steps == 2 else {}
+        assert Counter(task.sizes) == Counter({4: 3 * steps + 2}) + Counter(again)
         states.append(torch.load(folder.checkpoints / f"step_{steps:08d}.pt", weights_only=True))
         folder.close()
     for part in ("model", "optimizer"):
@@ -264,6 +272,23 @@ def test_the_gradient_is_clipped_and_its_true_norm_recorded(run, whole):
     # Adam divides by the gradient's size plus 1e-8: what is far below that hardly moves (AdamW's decay aside).
     moved = (weights["0.weight"] - network()[0].weight * (1 - 0.1 * 0.01)).abs().max()
     assert moved < 1e-4
+
+
+def test_half_precision_leaves_what_a_model_is_given_as_it_is():
+    """Corners of boxes beyond 256 px are no numbers of bfloat16, and grey levels lose their last digits."""
+    given = torch.rand(3, 16), [{"boxes": torch.tensor([[1025.0, 10.0, 1027.0, 20.0]])}]
+
+    class Model(nn.Linear):
+        def forward(self, images, targets):
+            assert torch.equal(images, given[0]) and torch.equal(targets[0]["boxes"], given[1][0]["boxes"])
+            result = super().forward(images)
+            assert result.dtype == torch.bfloat16
+            return result
+
+    fabric = processes.launch("auto", 1, "bf16")
+    assert fabric.setup_module(Model(16, 2))(*given).dtype == torch.float32
+    with fabric.autocast():
+        assert torch.is_autocast_enabled("cpu")
 
 
 def test_too_many_processes_are_a_user_error():

@@ -1,5 +1,6 @@
 """A run that goes wrong goes back to before, leaves out what it read since, and is still the same run."""
 
+import json
 import math
 import os
 import random
@@ -7,7 +8,8 @@ import re
 import signal
 import subprocess
 import sys
-from functools import cache
+from contextlib import nullcontext
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -89,7 +91,7 @@ class Poisoned(running.RunnableTask):
     def summary(self):
         return []
 
-    def finish(self, run, settings):
+    def finish(self, run):
         pass
 
 
@@ -97,12 +99,12 @@ def carry_out(folder, task, *, rollback=True, resume=False, checkpoint_steps=10,
     """Train, and return the weights, what was recorded of steps, and the run folder."""
     fabric = processes.launch(devices, 1, "32")
     run = RunFolder(folder, resume=resume, overwrite=False, writes=fabric.is_global_zero)
-    settings = ResolvedRun(
+    task.settings = ResolvedRun(
         out=str(folder), batch_size=BATCH, micro_batch=BATCH // devices, report=False, rollback=rollback, resume=resume,
         checkpoint_steps=checkpoint_steps,
     )  # fmt: skip
     task.seen.clear()
-    running.carry_out(fabric, settings, task, run)
+    running.carry_out(fabric, task, run)
     rows = [(row["step"], row["loss"], row["lr"]) for row in run.rows() if row["kind"] == "train"]
     return task.model.state_dict(), rows, run
 
@@ -212,6 +214,29 @@ def test_without_the_option_a_spike_is_named_and_the_run_goes_on(train):
     assert "going on with it (--rollback would go back to step 43)" in stays
 
 
+@pytest.mark.parametrize(("poison", "last"), [(NAN, 48), (SPIKE_OF_20, 63)], ids=["nan", "spike"])
+def test_without_the_option_a_run_saved_in_trouble_goes_wrong_at_the_same_step(train, jumping, tmp_path, poison, last):
+    """And with the option it then does what it would have done."""
+    with pytest.raises(KeyboardInterrupt):
+        train(Poisoned(**poison, told=46), rollback=False)
+    with pytest.raises(UserError, match="5 steps in a row") if poison is NAN else nullcontext():
+        train(Poisoned(**poison), rollback=False, resume=True)
+    run = RunFolder(tmp_path / "run", resume=True, overwrite=False, writes=False)
+    if poison is NAN:
+        assert [step for step, _ in incidents(run, "failed")] == [last]
+        assert_same(train(Poisoned(**poison), resume=True), jumping(42, last))
+    else:
+        assert [step for step, _ in incidents(run, "loss spike")] == [46, last]
+
+
+def test_trouble_from_before_all_checkpoints_is_not_gone_back_on(train, tmp_path):
+    with pytest.raises(UserError, match="5 steps in a row"):
+        train(Poisoned(**NAN), rollback=False, checkpoint_steps=1)
+    assert saved_steps(tmp_path / "run" / "checkpoints") == [47, 46]
+    _, rows, run = train(Poisoned(**NAN), resume=True)
+    assert len(rows) == STEPS and not incidents(run, "rollback")
+
+
 def test_a_loss_that_stays_high_at_the_end_is_evaluated(train):
     run = train(Poisoned(**SPIKE_OF_20, steps=63), rollback=False)[2]
     assert incidents(run, "loss spike")[-1][0] == 63
@@ -269,6 +294,9 @@ def test_two_processes_roll_back_together(tmp_path, train):
         command, capture_output=True, text=True, timeout=100, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     )
     assert two.returncode == 0, two.stderr
+    assert (
+        json.loads((tmp_path / "two" / "collectives.json").read_text())[1:4] == [["all_reduce"] * 2] * 3
+    )  # and DDP's exchange of gradients
     weights, _, run = train(Poisoned(**poison))
     found = torch.load(tmp_path / "two" / "checkpoints" / "step_00000016.pt", weights_only=True)
     assert found["jumps"] == [(4, 10)]
@@ -280,7 +308,7 @@ def test_two_processes_roll_back_together(tmp_path, train):
 
 @pytest.fixture
 def watch():
-    return Watch([], scaled=False)
+    return Watch()
 
 
 def follow(watch, losses):
@@ -329,5 +357,30 @@ def test_a_loss_that_stays_high_is_told_and_becomes_usual(watch):
     assert len(watch.losses) >= ENOUGH
 
 
+class Exchanging(Poisoned):
+    """Notes the collectives that Python asked for between the losses of one step and the next."""
+
+    def __init__(self, **poison):
+        super().__init__(**poison)
+        self.asked, self.by_step = [], []
+        for name in ("all_reduce", "all_gather_object", "all_gather", "barrier", "broadcast", "broadcast_object_list"):
+            call = partial(self.noted, name, getattr(torch.distributed, name))
+            setattr(torch.distributed, name, call)
+            setattr(torch.distributed.distributed_c10d, name, call)
+
+    def noted(self, name, collective, *arguments, **options):
+        self.asked.append(name)
+        return collective(*arguments, **options)
+
+    def loss(self, model, batch):
+        if model.training and torch.is_grad_enabled() and batch.indices[0] >= 0:
+            self.by_step.append(self.asked.copy())
+            self.asked.clear()
+        return super().loss(model, batch)
+
+
 if __name__ == "__main__":
-    carry_out(sys.argv[1], Poisoned(**eval(sys.argv[2])), devices=2)
+    task = Exchanging(**eval(sys.argv[2]))
+    run = carry_out(sys.argv[1], task, devices=2)[2]
+    if run.writes:
+        (run.path / "collectives.json").write_text(json.dumps(task.by_step))
