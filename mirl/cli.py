@@ -1,55 +1,60 @@
-"""The `mirl` command. A command is a Python function: its signature and docstring are the flags and the help."""
+"""The `mirl` command. A command is a Python function; the dataclass of its options is the flags and the help."""
 
-import ast
 import importlib
-import importlib.util
 import json
+import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, get_args, get_origin
 
 from mirl.errors import UserError, in_words
 
-# name: (where the function is, one line). Named, not imported: `mirl --help` must not wait for PyTorch.
+# name: (where the function is, where its options are, one line). Named, not imported: help must not wait for PyTorch,
+# which modules of options do without.
 COMMANDS = {
-    "pretrain": ("mirl.tasks.pretrain:pretrain", "pre-train an encoder on a folder of images"),
-    "finetune": ("mirl.tasks.finetune:finetune", "train a classifier from an encoder"),
-    "detect": ("mirl.tasks.detect:detect", "train a detector (boxes and masks) from an encoder, or use one"),
-    "segment": ("mirl.tasks.segment:segment", "train a segmenter (a class for each pixel) from an encoder, or use one"),
-    "evaluate": ("mirl.tasks.evaluate:evaluate", "judge a classifier, a detector or a segmenter on other images"),
-    "probe": ("mirl.tasks.probe:probe", "linear classifier on frozen features"),
-    "knn": ("mirl.tasks.knn:knn", "nearest neighbours on frozen features"),
-    "embed": ("mirl.tasks.embed:embed", "write features of a folder of images"),
-    "shard": ("mirl.tasks.shard:shard", "write images into tar shards, for slow disks and networks"),
-    "reconstruct": ("mirl.analysis.reconstruct:reconstruct", "draw what the decoders make of masked images"),
-    "diagnose": ("mirl.analysis.degradation:diagnose", "which blocks learned? measures, plots, a verdict in words"),
-    "report": ("mirl.reports.page:report", "one page of everything about a run, or about several side by side"),
-    "app": ("mirl.analysis.app:app", "mask images by hand in the browser and see each pair's prediction"),
-    "convert": ("mirl.tasks.convert:convert", "take weights in and out: timm, Hugging Face, ONNX, official files"),
-    "doctor": ("mirl.checkup.doctor:doctor", "look at every image file: what is broken or odd, what to train with"),
-    "info": ("mirl.analysis.cost:info", "print a model's parameters and cost"),
-    "plan": ("mirl.analysis.planning:plan", "what a pre-training run will take: FLOPs, memory, hours, price"),
-    "study": ("mirl.studies.study:study", "run a grid of small experiments that repeats a figure or table"),
-}
-# Where a command takes `**options`: the dataclass of them, in a module that needs no PyTorch.
-OPTIONS = {
-    "pretrain": "mirl.tasks.settings.pretraining:Pretraining",
-    "finetune": "mirl.tasks.settings.finetuning:Finetuning",
-    "detect": "mirl.tasks.settings.detection:Detection",
-    "segment": "mirl.tasks.settings.segmentation:Segmentation",
-    "evaluate": "mirl.tasks.settings.evaluation:EvaluateOptions",
-    "probe": "mirl.tasks.settings.readouts:ProbeOptions",
-    "knn": "mirl.tasks.settings.readouts:KNNOptions",
-    "embed": "mirl.tasks.settings.features:EmbedOptions",
-    "diagnose": "mirl.tasks.settings.diagnosis:DiagnoseOptions",
-    "plan": "mirl.tasks.settings.planning:PlanOptions",
-}
+    "pretrain": ("mirl.tasks.pretrain:pretrain", "mirl.tasks.settings.pretraining:Pretraining",
+                 "pre-train an encoder on a folder of images"),
+    "finetune": ("mirl.tasks.finetune:finetune", "mirl.tasks.settings.finetuning:Finetuning",
+                 "train a classifier from an encoder"),
+    "detect": ("mirl.tasks.detect:detect", "mirl.tasks.settings.detection:DetectOptions",
+               "train a detector (boxes and masks) from an encoder, or use one"),
+    "segment": ("mirl.tasks.segment:segment", "mirl.tasks.settings.segmentation:SegmentOptions",
+                "train a segmenter (a class for each pixel) from an encoder, or use one"),
+    "evaluate": ("mirl.tasks.evaluate:evaluate", "mirl.tasks.settings.evaluation:EvaluateOptions",
+                 "judge a classifier, a detector or a segmenter on other images"),
+    "probe": ("mirl.tasks.probe:probe", "mirl.tasks.settings.readouts:ProbeOptions",
+              "linear classifier on frozen features"),
+    "knn": ("mirl.tasks.knn:knn", "mirl.tasks.settings.readouts:KNNOptions",
+            "nearest neighbours on frozen features"),
+    "embed": ("mirl.tasks.embed:embed", "mirl.tasks.settings.features:EmbedOptions",
+              "write features of a folder of images"),
+    "shard": ("mirl.tasks.shard:shard", "mirl.tasks.settings.sharding:ShardOptions",
+              "write images into tar shards, for slow disks and networks"),
+    "reconstruct": ("mirl.analysis.reconstruct:reconstruct", "mirl.tasks.settings.reconstruction:ReconstructOptions",
+                    "draw what the decoders make of masked images"),
+    "diagnose": ("mirl.analysis.degradation:diagnose", "mirl.tasks.settings.diagnosis:DiagnoseOptions",
+                 "which blocks learned? measures, plots, a verdict in words"),
+    "report": ("mirl.reports.page:report", "mirl.reports.options:ReportOptions",
+               "one page of everything about a run, or about several side by side"),
+    "app": ("mirl.analysis.app:app", "mirl.tasks.settings.reconstruction:AppOptions",
+            "mask images by hand in the browser and see each pair's prediction"),
+    "convert": ("mirl.tasks.convert:convert", "mirl.tasks.settings.converting:ConvertOptions",
+                "take weights in and out: timm, Hugging Face, ONNX, official files"),
+    "doctor": ("mirl.checkup.doctor:doctor", "mirl.tasks.settings.checkup:DoctorOptions",
+               "look at every image file: what is broken or odd, what to train with"),
+    "info": ("mirl.analysis.cost:info", "mirl.tasks.settings.planning:InfoOptions",
+             "print a model's parameters and cost"),
+    "plan": ("mirl.analysis.planning:plan", "mirl.tasks.settings.planning:PlanOptions",
+             "what a pre-training run will take: FLOPs, memory, hours, price"),
+    "study": ("mirl.studies.study:study", "mirl.tasks.settings.studying:StudyOptions",
+              "run a grid of small experiments that repeats a figure or table"),
+}  # fmt: skip
 
 
 def usage() -> str:
-    lines = [f"  {name:<12} {line}" for name, (_, line) in COMMANDS.items()]
+    lines = [f"  {name:<12} {line}" for name, (*_, line) in COMMANDS.items()]
     return (
         "usage: mirl COMMAND [options]\n\n" + "\n".join(lines) + "\n\n`mirl COMMAND --help` lists a command's options."
     )
@@ -58,9 +63,20 @@ def usage() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code.
 
-    0, 1 if a process of the run was lost, 2 for a user's mistake, 128 + signal after an interruption that was saved.
+    0, 1 if a process of the run was lost, 2 for a user's mistake, 128 + signal after an interruption that was saved, or
+    if nobody reads the output any more, as after `mirl info vit_b_12 | head -1`.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        try:
+            return _main(list(sys.argv[1:] if arguments is None else arguments))
+        finally:
+            print(end="", flush=True)  # the interpreter's own flush, at its exit, could not be caught
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left in the buffer
+        return 128 + signal.SIGPIPE
+
+
+def _main(given: Sequence[str]) -> int:
     if not given or given[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -81,20 +97,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def build_parser(name: str) -> tuple[Any, Callable[..., Any]]:
-    """Return a command's argument parser and its function, which may be imported only when it is called."""
+def build_parser(name: str) -> Any:
+    """Return a command's argument parser."""
     from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    place = COMMANDS[name][0]
-    function = _signature(place)
-    description = (function.__doc__ or "").split("\n")[0]
-    parser = ArgumentParser(prog=f"mirl {name}", description=description, exit_on_error=False, allow_abbrev=False)
+    _, options, line = COMMANDS[name]
+    parser = ArgumentParser(prog=f"mirl {name}", description=line, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of options; later flags override it")
-    parser.add_function_arguments(function, as_group=False, as_positional=True)
-    if name in OPTIONS:
-        parser.add_class_arguments(_found(OPTIONS[name]), as_group=False)
-    return parser, lambda **options: _found(place)(**options)
+    parser.add_class_arguments(_found(options), as_group=False, as_positional=True)
+    return parser
 
 
 def _found(place: str) -> Any:
@@ -103,45 +115,16 @@ def _found(place: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _signature(place: str) -> Callable[..., None]:
-    """Return a function that has a command's docstring and parameters, but its `**options`, and does nothing.
-
-    It is made from the source, because importing the command's module would load PyTorch. Of that module it takes the
-    imports and assignments that the types of parameters need, and no others.
-    """
-    module, name = place.split(":")
-    spec = importlib.util.find_spec(module)
-    assert spec and spec.origin, module
-    statements = ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body
-    (function,) = (node for node in statements if isinstance(node, ast.FunctionDef) and node.name == name)
-    function.body, function.returns, function.args.kwarg = function.body[:1], None, None
-    needed: list[ast.stmt] = [function]
-    for statement in reversed(statements[: statements.index(function)]):
-        if _bound(statement) & {node.id for part in needed for node in ast.walk(part) if isinstance(node, ast.Name)}:
-            needed.insert(0, statement)
-    namespace: dict[str, Any] = {"__name__": name}  # not the module's, which jsonargparse would import
-    exec(compile(ast.Module(needed, []), spec.origin, "exec"), namespace)
-    return namespace[name]
-
-
-def _bound(statement: ast.stmt) -> set[str]:
-    """Return the names that an import or an assignment binds."""
-    if isinstance(statement, ast.Import | ast.ImportFrom):
-        return {alias.asname or alias.name for alias in statement.names}
-    targets = statement.targets if isinstance(statement, ast.Assign) else []
-    return {target.id for target in targets if isinstance(target, ast.Name)}
-
-
 def _run(name: str, arguments: Sequence[str]) -> None:
     from jsonargparse import ArgumentError
 
-    parser, function = build_parser(name)
+    parser = build_parser(name)
     try:
         values = parser.parse_args(_spell_out(parser, arguments), defaults=False).as_dict()
     except (ArgumentError, UnicodeDecodeError) as error:
         raise UserError(f"{_in_one_line(parser, error)}; see mirl {name} --help") from error
     values.pop("config", None)
-    function(**values)
+    _found(COMMANDS[name][0])(**values)
 
 
 def _in_one_line(parser: Any, error: Exception) -> str:

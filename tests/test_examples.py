@@ -58,7 +58,7 @@ def test_documented_commands_have_the_options_that_they_are_given(document):
     code = "\n".join(re.findall(r"`[^`\n]+`|^    .*$", (REPOSITORY / document).read_text(), re.M)).replace("\\\n", " ")
     for command, rest in re.findall(r"mirl (\w+)((?: +[^\s`|;]+)*)", code):
         if command in COMMANDS:
-            known = {option for action in build_parser(command)[0]._actions for option in action.option_strings}
+            known = {option for action in build_parser(command)._actions for option in action.option_strings}
             given = {word.partition("=")[0] for word in re.findall(r"(?<!\S)--[a-z]\S*", rest)}
             assert given <= known, f"{command}{rest}"
 

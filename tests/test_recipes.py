@@ -115,7 +115,7 @@ def at_the_top(monkeypatch):
 
 @cache
 def parser(command):
-    return build_parser(command)[0]
+    return build_parser(command)
 
 
 @cache

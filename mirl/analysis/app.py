@@ -23,11 +23,11 @@ from mirl.analysis.reconstruct import Reconstructor, columns_of, read_images, ti
 from mirl.data.decode import BadImage, read_image
 from mirl.data.transforms import fixed_view
 from mirl.errors import UserError
+from mirl.tasks.settings.reconstruction import AppOptions
 from mirl.training.reconstructions import label, to_rgb
 from mirl.training.runs import console
 
 HOST = "127.0.0.1"
-PORTS = (1, 65_535)
 CANVAS, PICTURE = 400, 300  # pixels that the longer side is to have about; smaller images are enlarged by whole factors
 PAINT = "#808080"  # the grey of masked patches
 BRUSH = 0.8  # radius in sides of a patch: wherever it dabs at least one patch is masked, in a patch's middle that alone
@@ -63,31 +63,23 @@ footer, #canvas button[title="Color"] { display: none !important; }
 """
 
 
-def app(
-    run: str, *, image_size: int | tuple[int, int] | None = None, port: int | None = None, open_browser: bool = True
-) -> None:
+def app(run: str, **options: Any) -> None:
     """Mask images by hand in the browser and see each pair's prediction; ends with Ctrl-C.
 
-    Args:
-        run: run folder of `mirl pretrain`, finished or not, its autoencoder.safetensors, or an official checkpoint
-            with decoders
-        image_size: pixels, one number or [height,width]; by default as trained, else positions are resampled
-        port: where the page is, at 127.0.0.1; by default the first that is free from 7860 on
-        open_browser: open the page
+    Takes the fields of `mirl.AppOptions`, e.g. `mirl.app("runs/a", port=8000)`.
 
     Raises:
         UserError: if Gradio is not installed, `run` holds no decoders, or the port is taken.
         KeyboardInterrupt: at Ctrl-C, once the page is closed.
     """
-    if port is not None and not PORTS[0] <= port <= PORTS[1]:
-        raise UserError(f"--port {port} is not allowed; give {PORTS[0]} to {PORTS[1]}")
+    given = AppOptions(run=run, **options)
     try:
         import gradio as gr
     except ImportError as error:
         raise UserError("mirl app needs gradio; run pip install 'mirl[app]'") from error
-    model = Reconstructor(run, image_size=image_size)
+    model = Reconstructor(given.run, image_size=given.image_size)
     try:
-        examples = read_images(run, None, model)[0]
+        examples = read_images(given.run, None, model)[0]
     except UserError as error:
         examples = []
         console.print(f"no examples: {str(error).partition('; ')[0]}", markup=False)
@@ -96,12 +88,12 @@ def app(
         font = gr.themes.Base(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
         try:
             _, address, _ = page.launch(
-                server_name=HOST, server_port=port, share=False, ssr_mode=False, mcp_server=False, pwa=False,
-                enable_monitoring=False, run_history=False, footer_links=[], quiet=True, inbrowser=open_browser,
+                server_name=HOST, server_port=given.port, share=False, ssr_mode=False, mcp_server=False, pwa=False,
+                enable_monitoring=False, run_history=False, footer_links=[], quiet=True, inbrowser=given.open_browser,
                 prevent_thread_lock=True, theme=font, css=CSS,
             )  # fmt: skip
         except OSError as error:
-            raise UserError(f"no page can be served at {HOST}:{port or 7860}; choose another --port") from error
+            raise UserError(f"no page can be served at {HOST}:{given.port or 7860}; choose another --port") from error
         console.print(f"the page is {address} · Ctrl-C ends it", markup=False)
         try:
             threading.Event().wait()

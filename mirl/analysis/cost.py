@@ -6,18 +6,19 @@ attention; both counts are given here.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mirl.errors import plural
-from mirl.methods import Context, MethodName
 from mirl.models.autoencoder import Autoencoder
 from mirl.models.encoder import embed_visible, parse_model, run_segments
 from mirl.models.masking import split
-from mirl.models.patches import Size, pair
-from mirl.tasks.settings.pretraining import Resolved, autoencoder_of, default_patch
+from mirl.models.patches import Size
+from mirl.tasks.settings.planning import InfoOptions
+from mirl.tasks.settings.pretraining import autoencoder_of
 
 IMAGES = 64
 LINEAR = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution, torch.ops.aten.convolution_backward}
@@ -108,61 +109,37 @@ class ModelCost:
     step: StepCost
 
 
-def info(
-    model: str,
-    method: MethodName = "mirl",
-    segments: int | None = None,
-    taps: list[int] | None = None,
-    context: Context = "dense",
-    decoder_width: int | None = None,
-    decoder_depth: int | None = None,
-    image_size: int | tuple[int, int] = 224,
-    patch_size: int | tuple[int, int] | None = None,
-    channels: int = 3,
-    mask_ratio: float = 0.75,
-    classes: int = 1000,
-) -> ModelCost:
+def info(model: str, **options: Any) -> ModelCost:
     """Print a model's parameters and cost, as an encoder and in pre-training, and return them.
 
-    Args:
-        model: vit_{ti,s,b,l}_DEPTH, e.g. vit_s_54
-        method: as for mirl pretrain
-        segments: segments of the encoder; by default the paper's number
-        taps: block counts after which decoders read; for truncated_mae the blocks that are built
-        context: what decoders of segments may cross-attend
-        decoder_width: by default the encoder's, at most 512
-        decoder_depth: blocks of each decoder; by default 2, or 4 for a single decoder
-        image_size: pixels, one number or [height,width]
-        patch_size: pixels, one number or [height,width]; by default 4, 8 or 16 by image size
-        channels: of the images
-        mask_ratio: share of patches masked in pre-training
-        classes: of the classification head that is counted with the encoder
+    Takes the fields of `mirl.InfoOptions`, e.g. `mirl.info("vit_s_54", image_size=96)`.
+
+    Raises:
+        UserError: on a mistake in the options.
 
     Paper: Table 3 (parameters, FLOPs).
     """
-    settings = Resolved(
-        model=model, method=method, segments=segments, taps=taps, context=context, decoder_width=decoder_width,
-        decoder_depth=decoder_depth, image_size=pair(image_size),
-        patch_size=pair(patch_size or default_patch(image_size)), channels=channels, mask_ratio=mask_ratio,
-    )  # fmt: skip
+    given = InfoOptions(model=model, **options)
+    settings = given.of_run(model=model)
     with torch.device("meta"):
         autoencoder = autoencoder_of(settings)
-        encoder, step = autoencoder.encoder, step_cost(autoencoder, mask_ratio)
+        encoder, step = autoencoder.encoder, step_cost(autoencoder, settings.mask_ratio)
         parameters, trained = parameter_count(encoder), parameter_count(autoencoder)
-        encoder.reset_classifier(classes)
+        encoder.reset_classifier(given.classes)
         cost = ModelCost(
-            parameters, parameter_count(encoder), encoder_cost(encoder, settings.image_size, channels), trained, step
-        )
+            parameters, parameter_count(encoder), encoder_cost(encoder, settings.image_size, settings.channels),
+            trained, step,
+        )  # fmt: skip
     width, heads, depth = parse_model(model)
     decoders, shape, built = len(autoencoder.decoders), autoencoder.shape, len(encoder.blocks)
     blocks = plural(depth, "block") if built == depth else f"the first {built} of {depth} blocks"
-    (height, across), patch = settings.image_size, settings.patch_size
+    (height, across), patch, masked = settings.image_size, settings.patch_size, f"{settings.mask_ratio:.0%}"
     million, giga = (lambda n: f"{n / 1e6:.1f} M"), (lambda n: f"{n / 1e9:.2f} G")
     print(f"""\
 {model}: {blocks}, width {width}, {heads} heads, {height}x{across} px, patches of {patch[0]}x{patch[1]}
-  parameters   {million(cost.parameters)}; {million(cost.parameters_with_head)} with a {classes}-class head
+  parameters   {million(cost.parameters)}; {million(cost.parameters_with_head)} with a {given.classes}-class head
   forward      {giga(cost.encoder.linear)} multiply-adds an image; {giga(cost.encoder.total)} with attention products
-pre-training: {method}, {decoders} x {shape.depth} decoder blocks {shape.width} wide, {mask_ratio:.0%} masked
+pre-training: {settings.method}, {decoders} x {shape.depth} decoder blocks {shape.width} wide, {masked} masked
   parameters   {million(cost.pretraining_parameters)}
   forward      {giga(step.encoder.total)} an image in the encoder, {giga(step.decoders.total)} in the decoders
   step         {giga(step.forward_and_backward.total)} an image, forward and backward""")

@@ -5,6 +5,7 @@ Symbols: b images, c channels, h and w pixels, gh and gw rows and columns of pat
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from mirl.data.transforms import fixed_view
 from mirl.errors import UserError
 from mirl.methods import Term
 from mirl.tasks.pretrain import split_off_held_out
+from mirl.tasks.settings.reconstruction import ReconstructOptions
 from mirl.training.drawing import save_figure
 from mirl.training.files import check_writable
 from mirl.training.reconstructions import Components, Reconstruction, parts_of, to_rgb
@@ -33,41 +35,27 @@ NAME = 26  # letters of a file's name that an image's width has room for
 DOTS = 30_000  # most that a picture may be across or down; what draws it stops at twice as many
 
 
-def reconstruct(
-    run: str, images: list[str] | None = None, *, mask_ratio: float | None = None, seed: int = 0,
-    block: list[float] | None = None, mask: str | None = None, image_size: int | tuple[int, int] | None = None,
-    out: str | None = None,
-) -> Reconstruction:  # fmt: skip
+def reconstruct(run: str, images: list[str] | None = ReconstructOptions.images, **options: Any) -> Reconstruction:
     """Draw original, masked image, main component, residual and sum of each pair, and return them as tensors.
 
-    Args:
-        run: run folder of `mirl pretrain`, finished or not, its autoencoder.safetensors, or an official checkpoint
-            with decoders
-        images: image files and folders, at most 16 images; by default some that the run held out
-        mask_ratio: share of patches that is masked; by default as in training
-        seed: of the random masks, one for each image
-        block: mask a rectangle in place of random patches: top, left, bottom, right, in 0..1
-        mask: mask what is white in this picture in place of random patches
-        image_size: pixels, one number or [height,width]; by default as trained, else positions are resampled
-        out: .png or .pdf; by default reconstructions/ in the run folder, or here
+    Takes the fields of `mirl.ReconstructOptions`, e.g. `mirl.reconstruct("runs/a", ["me.jpg"], mask_ratio=0.5)`.
 
     Raises:
         UserError: if `run` holds no decoders, no image can be read, or the mask hides nothing or everything.
 
     Paper: Figure 7.
     """
-    if (block is not None) + (mask is not None) + (mask_ratio is not None) > 1:
-        raise UserError("--mask_ratio, --block and --mask exclude each other; give one")
-    path = _out(run, out)
+    given = ReconstructOptions(run=run, images=images, **options)
+    path = _out(given.run, given.out)
     check_writable(path)
-    model = Reconstructor(run, image_size=image_size)
-    if block is not None:
-        hidden = [model.block_mask(block)] * MOST
-    elif mask is not None:
-        hidden = [model.drawn_mask(_read_mask(mask))] * MOST
+    model = Reconstructor(given.run, image_size=given.image_size)
+    if given.block is not None:
+        hidden = [model.block_mask(given.block)] * MOST
+    elif given.mask is not None:
+        hidden = [model.drawn_mask(_read_mask(given.mask))] * MOST
     else:
-        hidden = [model.random_mask(mask_ratio, seed + index) for index in range(MOST)]
-    pixels, names = read_images(run, images, model)
+        hidden = [model.random_mask(given.mask_ratio, given.seed + index) for index in range(MOST)]
+    pixels, names = read_images(given.run, given.images, model)
     hidden = hidden[: len(names)]
     shown = model(torch.stack(pixels), torch.stack(hidden))
     share = float(hidden[0].float().mean())

@@ -3,6 +3,7 @@
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.progress import track
@@ -17,72 +18,49 @@ from mirl.data.inspection import Inspection, inspect, lost
 from mirl.data.scanning import Lost, scan
 from mirl.data.sources import ImageFiles, open_source
 from mirl.errors import UserError, plural, printable
-from mirl.tasks.options import COUNT, NOT_NEGATIVE, POSITIVE, available_cores, default_folder
+from mirl.tasks.options import available_cores, default_folder
+from mirl.tasks.settings.checkup import DoctorOptions
 from mirl.training.files import check_writable
 from mirl.training.runs import console
 
-RANGES = {"sample": COUNT, "channels": COUNT, "gpus": NOT_NEGATIVE, "timeout": POSITIVE, "workers": COUNT}
 NO_SIZES = (0, 0), (0, 0)  # nothing is too small where nothing is suggested
 
 
-def doctor(
-    data: str,
-    out: str | None = None,
-    move_bad: str | None = None,
-    sample: int | None = None,
-    channels: int = 3,
-    gpus: int | None = None,
-    timeout: float = 120.0,
-    workers: int | None = None,
-) -> DataReport:
+def doctor(data: str, **options: Any) -> DataReport:
     """Look at every image file of a folder: name what is broken or odd, and suggest how to pre-train on the rest.
 
-    Args:
-        data: a folder, a glob or a text file of paths, as for mirl pretrain
-        out: folder for doctor.json and sizes.png; by default runs/, the name of the data and _doctor
-        move_bad: move broken files to this folder, where they keep their paths; moved.txt there moves them back
-        sample: look at so many files, chosen at random; by default at all
-        channels: as for mirl pretrain
-        gpus: to suggest for; by default this machine's
-        timeout: seconds that a file may take
-        workers: processes that read; by default one for each core
+    Takes the fields of `mirl.DoctorOptions`, e.g. `mirl.doctor("photos", move_bad="bad")`.
 
     Raises:
         UserError: on a mistake in the options, if there are no image files, or if a folder cannot be written.
     """
-    given = {"sample": sample, "channels": channels, "gpus": gpus, "timeout": timeout, "workers": workers}
-    _check_ranges(given)
-    folder = Path(out or default_folder(data, "data", "_doctor")).expanduser()
-    quarantine = Path(move_bad).expanduser() if move_bad else None
-    source = _open(data, channels, folder, quarantine)
-    began, processes = time.perf_counter(), workers or available_cores()
-    records = inspect_files(source, sample, timeout, processes)
+    given = DoctorOptions(data=data, **options)
+    folder = Path(given.out or default_folder(given.data, "data", "_doctor")).expanduser()
+    quarantine = Path(given.move_bad).expanduser() if given.move_bad else None
+    source = _open(given.data, given.channels, folder, quarantine)
+    began, processes = time.perf_counter(), given.workers or available_cores()
+    records = inspect_files(source, given.sample, given.timeout, processes)
     pace = len(records) / (time.perf_counter() - began)
     moved, problems = move_broken(records, quarantine) if quarantine else (np.empty(0, np.int64), [])
     try:
-        suggestion, reason = suggest(Kept(records, moved), data, gpus), []
+        suggestion, reason = suggest(Kept(records, moved), given.data, given.gpus), []
     except UserError as error:
         suggestion, reason = None, [f"no suggestion: {error}"]
     sizes = (suggestion.settings.image_size, suggestion.settings.patch_size) if suggestion else NO_SIZES
     views = views_per_second(records, suggestion.settings) if suggestion else None
     report = DataReport(
-        data, folder, records, findings(records, *sizes), suggestion, moved, quarantine, Speed(processes, pace, views)
-    )
+        given.data, folder, records, findings(records, *sizes), suggestion, moved, quarantine,
+        Speed(processes, pace, views),
+    )  # fmt: skip
     try:
         report.write()
         if report.pictured:
-            draw_sizes(records, sizes[0], data, folder / PICTURE)
+            draw_sizes(records, sizes[0], given.data, folder / PICTURE)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
     for line in (*report.lines(), *problems, *reason):
         print(printable(line))
     return report
-
-
-def _check_ranges(given: dict[str, float | None]) -> None:
-    for name, (allowed, words) in RANGES.items():
-        if given[name] is not None and not allowed(given[name]):
-            raise UserError(f"--{name} {given[name]} is not allowed; give {words}")
 
 
 def _open(data: str, channels: int, folder: Path, quarantine: Path | None) -> ImageFiles:

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from mirl.reports.charts import draw, library
 from mirl.reports.contents import Run, read_runs
+from mirl.reports.options import ReportOptions
 from mirl.reports.panels import galleries
 from mirl.reports.sections import Section, reconstructions, sections
 from mirl.reports.tables import ARROW, about, key_figures, side_by_side, status
@@ -20,12 +21,10 @@ LIMIT = 4_900_000  # bytes of the page
 HERE = Path(__file__).parent
 
 
-def report(runs: list[str] | list[Path] | str | Path, *, out: str | None = None) -> Path:
+def report(runs: Sequence[str | Path] | str | Path, *, out: str | Path | None = ReportOptions.out) -> Path:
     """Write a page that shows a run, or compares several: curves, pictures, blocks, results.
 
-    Args:
-        runs: one or several run folders, finished or not
-        out: the HTML file; by default report.html in the run folder, or comparison.html here for several runs
+    Takes the fields of `mirl.ReportOptions`, e.g. `mirl.report(["runs/a", "runs/b"], out="both.html")`.
 
     Raises:
         UserError: if a folder holds no run, or the file cannot be written.

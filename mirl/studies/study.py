@@ -4,42 +4,31 @@ Whatever is finished is kept, so a study can be run in pieces, stopped at any mo
 """
 
 from pathlib import Path
+from typing import Any
 
-from mirl.errors import UserError
 from mirl.studies.definition import find_study, read_study
+from mirl.tasks.settings.studying import StudyOptions
 from mirl.training.runs import console
 
 
-def study(
-    name: str, *, data: str | None = None, out: str | None = None, next: bool = False, minutes: float | None = None,
-    table: bool = False,
-) -> Path:  # fmt: skip
+def study(name: str, **options: Any) -> Path:
     """Run the missing cells of a study, or only show what is there; return the table's path.
 
-    Args:
-        name: of studies/NAME.yaml, or a YAML file
-        data: where the study's data lie; by default where its file says
-        out: folder of run folders; by default runs/studies/ and the study's name
-        next: run only the next missing cell, or the next that fits into --minutes
-        minutes: start no cell that would end later than this from now
-        table: run nothing; write table and figure of what is there
+    Takes the fields of `mirl.StudyOptions`, e.g. `mirl.study("smoke", minutes=30)`.
 
     Raises:
         UserError: on a mistake in the study, its data or its results; if another process runs it in the same folder.
         KeyboardInterrupt: after SIGINT or SIGTERM, once the state is saved.
     """
-    if minutes is not None and minutes <= 0:
-        raise UserError(f"--minutes {minutes:g} is not allowed; give more than 0")
-    if table and (next or minutes is not None):
-        raise UserError("--table runs nothing; leave out --next and --minutes")
-    declared, runs = read_study(find_study(name)), Path(out) if out else None
+    given = StudyOptions(name=name, **options)
+    declared, runs = read_study(find_study(given.name)), Path(given.out) if given.out else None
     # They import every command and so PyTorch; a mistake in the file is said before.
     from mirl.studies.results import find_results
     from mirl.studies.running import publish, run_missing
 
     found = find_results(declared)
-    if not table:
-        found = run_missing(declared, found, data, runs, minutes, only_next=next)
+    if not given.table:
+        found = run_missing(declared, found, given.data, runs, given.minutes, only_next=given.next)
     path = publish(found)
     console.print(f"\n{path.read_text()}\nsaved {path} and {path.with_suffix('.png').name}", markup=False)
     return path

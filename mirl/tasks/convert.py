@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.utils.parametrize import remove_parametrizations
 
-from mirl.errors import UserError, plural
+from mirl.errors import UserError, first_line, plural
 from mirl.formats.paddle import read_checkpoint
 from mirl.formats.reference import Reference
 from mirl.formats.shapes import Heads
@@ -24,13 +24,15 @@ from mirl.models.masking import split
 from mirl.models.weights import AutoencoderWeights, Weights
 from mirl.tasks.card import model_card, run_of
 from mirl.tasks.destinations import DESTINATIONS, Outputs, mask_noise, model_of, outputs, returns_of
+from mirl.tasks.settings.converting import ConvertOptions, Kind
 from mirl.tasks.settings.pretraining import Resolved, autoencoder_of
 from mirl.tasks.weight_files import PADDLE, PYTORCH, load_pytorch
 from mirl.tasks.weights import build_autoencoder, encoder_of, open_checkpoint
+from mirl.training.files import writing
 from mirl.training.runs import console
 
-Kind = Literal["timm", "huggingface", "huggingface_mae", "safetensors", "onnx", "torch_export"]
 TOLERANCE = 1e-4  # of the largest output; float32 sums in another order differ by about 1e-6
+ELSEWHERE = "give another destination"
 IMAGES = 3  # shown to both sides; graphs are traced with 2, so that a fixed batch size would show
 
 
@@ -51,52 +53,24 @@ class Conversion:
     scale: float
 
 
-def convert(
-    source: str,
-    destination: str,
-    to: Kind = "timm",
-    *,
-    heads: int | None = None,
-    decoder_heads: int | None = None,
-    taps: list[int] | None = None,
-    fold_weight_norm: bool = False,
-    push_to_hub: str | None = None,
-    public: bool = False,
-    overwrite: bool = False,
-) -> Conversion:
+def convert(source: str, destination: str, to: Kind = ConvertOptions.to, **options: Any) -> Conversion:
     """Convert weights to another format, and check it by running both sides on the same images.
 
-    Args:
-        source: run folder, official checkpoint of MIRL (.pd) or MAE (.pth), timm name, Hugging Face folder or file
-        destination: folder for timm and huggingface, else file
-        to: timm or huggingface: the encoder or classifier; huggingface_mae: ViTMAEForPreTraining, of MAE only;
-            safetensors: everything, decoders too, in one file that mirl reads; onnx or torch_export: a graph
-        heads: of the encoder's attention, where a file of tensors does not tell them
-        decoder_heads: of the decoders' attention, likewise
-        taps: blocks after which an official MIRL's decoders read; by default segments are equal
-        fold_weight_norm: turn weight-normalised predictions into plain ones that compute the same
-        push_to_hub: OWNER/NAME on the Hugging Face hub, where the folder is uploaded too
-        public: let the world see what is uploaded
-        overwrite: replace what is at the destination
+    Takes the fields of `mirl.ConvertOptions`, e.g. `mirl.convert("runs/a", "runs/a.onnx", "onnx")`.
 
     Raises:
         UserError: if the source cannot be read or has another form than was given, the destination's format cannot hold
             it, or the two sides disagree.
     """
-    if to not in DESTINATIONS:
-        raise UserError(f"--to {to} is not known; give {', '.join(DESTINATIONS)}")
-    kind, path = DESTINATIONS[to], Path(destination).expanduser().resolve()
-    _check_destination(path, to, overwrite)
-    _check_upload(push_to_hub, public, to)
+    given = ConvertOptions(source=source, destination=destination, to=to, **options)
+    source, heads = given.source, Heads(given.heads, given.decoder_heads)
+    kind, path = DESTINATIONS[to], Path(given.destination).expanduser().resolve()
+    _check_destination(path, to, given.overwrite)
+    _check_upload(given.push_to_hub, given.public, to)
     opened = open_checkpoint(
-        source,
-        say=_say,
-        heads=Heads(heads, decoder_heads),
-        taps=taps,
-        decoders=kind.decoders,
-        encoder_only=not kind.decoders,
+        source, say=_say, heads=heads, taps=given.taps, decoders=kind.decoders, encoder_only=not kind.decoders
     )
-    _check_form(opened, source, heads=heads, decoder_heads=decoder_heads, taps=taps)
+    _check_form(opened, source, heads=given.heads, decoder_heads=given.decoder_heads, taps=given.taps)
     if to == "huggingface_mae" and isinstance(opened, Weights):
         raise UserError(f"{source} has no decoder; give the run folder of mirl pretrain --method mae")
     images = torch.randn(IMAGES, *_input_shape(opened), generator=torch.Generator().manual_seed(0))
@@ -111,7 +85,7 @@ def convert(
         _release_memory()
     weights = encoder_of(opened) if isinstance(opened, AutoencoderWeights) and not kind.decoders else opened
     expected = outputs(model_of(weights), images)
-    if fold_weight_norm:
+    if given.fold_weight_norm:
         weights = _folded(weights)
     card = model_card(weights, run_of(Path(source).expanduser()), to)
     with _staged(path) as fresh:
@@ -120,15 +94,15 @@ def convert(
             returns = returns_of(model)
             kind.write(weights, model, fresh, images[:2], card)
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk can be any of them
-            raise UserError(f"cannot write {path}: {_reason(error)}; give another destination") from error
+            raise UserError(f"cannot write {path}: {first_line(error)}; {ELSEWHERE}") from error
         del opened, weights, model
         _release_memory()  # it holds one side at a time
         difference, scale = _difference(expected, kind.open(fresh, returns)(images))
         _agree(difference, scale, f"{source} and what was written as {to}")
     _say(f"written  {path} ({_size(path) / 1e6:.1f} MB{', ' if kind.note else ''}{kind.note})")
     _say(f"checked  {path} as {to} against the source: largest difference {difference:.1e} of {scale:.2g}")
-    if push_to_hub:
-        push(path, push_to_hub, public=public)
+    if given.push_to_hub:
+        push(path, given.push_to_hub, public=given.public)
     return Conversion(path, difference, source_difference, scale)
 
 
@@ -147,7 +121,7 @@ def push(folder: Path, name: str, *, public: bool = False) -> str:
         address = str(hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Add weights"))
     except (OSError, ValueError, HTTPError) as error:  # the hub's own errors, and what lies below: no connection
         raise UserError(
-            f"cannot upload to {name} ({_reason(error)}); {folder} is written; log in with hf auth login"
+            f"cannot upload to {name} ({first_line(error)}); {folder} is written; log in with hf auth login"
         ) from error
     _say(f"uploaded {address}")
     return address
@@ -217,11 +191,11 @@ def _staged(path: Path) -> Iterator[Path]:
     folder = path.with_name(f".unfinished-{path.name}")
     previous = folder / ".previous"
     try:
-        with _writing(path):
+        with writing(path, ELSEWHERE):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
         yield folder / path.name
-        with _writing(path):
+        with writing(path, ELSEWHERE):
             parts = list(folder.iterdir())  # a large ONNX has two
             if path.exists():
                 os.replace(path, previous)
@@ -234,14 +208,6 @@ def _staged(path: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {_reason(error)}; give another destination") from error
 
 
 @torch.no_grad()
@@ -316,10 +282,6 @@ def _size(path: Path) -> int:
         return sum(file.stat().st_size for file in path.iterdir())
     parts = (path, path.with_name(f"{path.name}.data"))  # the second: a large ONNX's tensors
     return sum(part.stat().st_size for part in parts if part.exists())
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _say(line: str) -> None:

@@ -18,8 +18,8 @@ from mirl.tasks.average_precision import AveragePrecision
 from mirl.tasks.detection_pictures import draw_found, draw_training
 from mirl.tasks.detection_scores import PrecisionOfHeldOut, Results, judge, write_detections
 from mirl.tasks.detector import described, detector_of
-from mirl.tasks.heads import HELD_OUT, TRAINING, HeadTask
-from mirl.tasks.options import ResolvedRun
+from mirl.tasks.heads import HeadTask, notes_on_data
+from mirl.tasks.run import HELD_OUT, TRAINING
 from mirl.tasks.settings.detection import PROTOCOLS, Detection, ResolvedDetection
 from mirl.tasks.trained import save_trained
 from mirl.training.monitors import Monitor
@@ -47,10 +47,12 @@ class DetectTask(HeadTask[InstanceBatch]):
     """
 
     settings: ResolvedDetection
+    train: InstanceSplit
     val: InstanceSplit
     model: Detector
     training: InstanceViews
     held_out: InstanceViews
+    held_out_batch = 1  # images of any size: padded to each other they could be gigabytes
 
     def __init__(self, settings: ResolvedDetection, weights: Weights, train: InstanceSplit, val: InstanceSplit) -> None:
         super().__init__(settings, weights, train, val)
@@ -106,7 +108,7 @@ class DetectTask(HeadTask[InstanceBatch]):
         """Say everything that was chosen, before the first step."""
         s, w = self.settings, self.weights
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
-        notes = self.notes()
+        notes = [*notes_on_data(s, self.train, self.val), *self.notes()]
         if s.window != Detection.window and s.protocol != "vitdet":
             notes.append("--window has no effect without --protocol vitdet")
         seen = f"squares of {s.image_size} px" if s.protocol == "vitdet" else f"{s.image_size} px, at most {s.largest}"
@@ -125,12 +127,12 @@ class DetectTask(HeadTask[InstanceBatch]):
             *(f"note      {note}" for note in notes),
         ]
 
-    def finish(self, run: RunFolder, settings: ResolvedRun) -> None:
+    def finish(self, run: RunFolder) -> None:
         """Write the detector, and what the last evaluation found."""
         save_trained(self.model, self.settings, self.about, run.path / TRAINED["detect"])
         if self.judged is None:  # a complete run that was started again
             found, results, _ = judge(
-                self.model.eval(), self.val, self.val.source.categories, batch_size=1, workers=settings.workers
+                self.model.eval(), self.val, self.val.source.categories, batch_size=1, workers=self.settings.workers
             )
             self.judged = found, results
         found, results = self.judged

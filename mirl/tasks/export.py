@@ -12,14 +12,13 @@ from mirl.models.encoder import ARCHITECTURE, parse_model, timm_arguments
 from mirl.models.patches import Size
 from mirl.models.weights import Weights
 from mirl.tasks.card import model_card
-from mirl.tasks.options import ResolvedRun
 from mirl.tasks.settings.pretraining import Resolved
 from mirl.training.checkpoints import save_tensors
 from mirl.training.files import atomic
 from mirl.training.runs import RunFolder
 
 
-def export(model: Autoencoder, settings: Resolved, saved: ResolvedRun, run: RunFolder) -> None:
+def export(model: Autoencoder, settings: Resolved, run: RunFolder) -> None:
     """Write `encoder/`, which timm opens, and `autoencoder.safetensors`, which holds the decoders too."""
     encoder, channels = model.encoder, settings.channels
     heads = encoder.blocks[0].attn.num_heads
@@ -34,7 +33,7 @@ def export(model: Autoencoder, settings: Resolved, saved: ResolvedRun, run: RunF
     _replace(run, encoder, weights)
     state = {name: value.contiguous().cpu() for name, value in without_features(model.state_dict()).items()}
     with atomic(run.autoencoder) as temporary:
-        save_tensors(state, temporary, mirl=json.dumps(saved.saved()))
+        save_tensors(state, temporary, mirl=json.dumps(settings.saved()))
 
 
 def export_classifier(

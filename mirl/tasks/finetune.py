@@ -20,21 +20,18 @@ from mirl.errors import UserError, plural
 from mirl.models.encoder import check_sizes
 from mirl.tasks.accuracy import Accuracy, accuracy, predict, write_json
 from mirl.tasks.export import export_classifier, how_to_classify
-from mirl.tasks.options import ResolvedRun, after_restart, resumed
-from mirl.tasks.run import RunnableTask, carry_out
+from mirl.tasks.heads import HeadTask
+from mirl.tasks.options import Machine, begun, required
+from mirl.tasks.run import HELD_OUT, TRAINING, train
 from mirl.tasks.settings.finetuning import Finetuning, ResolvedFinetuning, resolve_finetuning
 from mirl.tasks.weights import Weights, open_weights
-from mirl.training import processes
 from mirl.training.monitors import Monitor
-from mirl.training.optimizers import adamw
 from mirl.training.pictures import contact_sheet
-from mirl.training.runs import RunFolder, read_config
+from mirl.training.runs import RunFolder
 from mirl.training.schedules import learning_rate
 
-BETAS = (0.9, 0.999)
 HEAD_DEVIATION = 2e-5  # MAE's
 PICTURED = 24
-TRAINING, HELD_OUT = 0, 1
 
 
 def finetune(**options: Any) -> Path:
@@ -46,29 +43,18 @@ def finetune(**options: Any) -> Path:
         UserError: on a mistake in the options, the weights, the data or the run folder.
         KeyboardInterrupt: after SIGINT or SIGTERM, once the state is saved.
     """
-    settings = after_restart(Finetuning(**options))
-    if settings.resume:
-        settings = resumed(settings, options, read_config(settings.run_folder))
-    if not settings.weights:
-        raise UserError("--weights is missing; give a run folder of mirl pretrain, or a timm name")
-    precision = processes.precision_of(settings.precision)
-    weights = open_weights(settings.weights)
-    train, val = open_split(
-        settings.data, channels=weights.channels, val_fraction=settings.val_fraction, seed=settings.seed
-    )
-    fabric = processes.launch(settings.devices, settings.num_nodes, precision, settings.strategy)
-    with processes.as_one(fabric):
+    given = begun(Finetuning(**options), options)
+    weights = open_weights(required(given.weights))
+    splits = open_split(given.data, channels=weights.channels, val_fraction=given.val_fraction, seed=given.seed)
+
+    def task_for(machine: Machine) -> FinetuneTask:
         settings = resolve_finetuning(
-            settings, images=len(train), depth=weights.full_depth or weights.depth, image_size=weights.image_size,
-            patch_size=weights.patch_size, gpu=fabric.device.type == "cuda", devices=fabric.world_size,
-            precision=precision,
+            given, images=len(splits[0]), depth=weights.full_depth or weights.depth, image_size=weights.image_size,
+            patch_size=weights.patch_size, **machine,
         )  # fmt: skip
-        task = FinetuneTask(settings, weights, train, val)
-        run = RunFolder(
-            settings.folder, resume=settings.resume, overwrite=settings.overwrite, writes=fabric.is_global_zero
-        )
-    carry_out(fabric, settings, task, run)
-    return run.path
+        return FinetuneTask(settings, weights, *splits)
+
+    return train(given, task_for)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +64,7 @@ class MixedBatch(Batch):
     targets: Tensor
 
 
-class FinetuneTask(RunnableTask[Batch]):
+class FinetuneTask(HeadTask[Batch]):
     """Classification: a timm ViT with global pooling, a fresh norm and a fresh head.
 
     Args:
@@ -88,14 +74,14 @@ class FinetuneTask(RunnableTask[Batch]):
         UserError: if sizes do not fit, or an augmentation does not suit the images.
     """
 
+    settings: ResolvedFinetuning
     model: VisionTransformer
 
     def __init__(
         self, settings: ResolvedFinetuning, weights: Weights, train: LabelledSource, val: LabelledSource
     ) -> None:
-        self.settings, self.weights, self.classes = settings, weights, train.classes
-        self.train, self.val = train, val
-        self.samples, self.about = len(train) + len(val), {"classes": list(train.classes)}
+        super().__init__(settings, weights, train, val)
+        self.classes, self.about = train.classes, {"classes": list(train.classes)}
         check_sizes(settings.image_size, settings.patch_size)
         if settings.reinit_last > settings.depth:
             raise UserError(f"--reinit_last {settings.reinit_last} is more than the {plural(settings.depth, 'block')}")
@@ -123,19 +109,11 @@ class FinetuneTask(RunnableTask[Batch]):
             else None
         )
 
-    def optimizer(self) -> torch.optim.Optimizer:
-        """Build AdamW with a rate that decays from the head down to the patch embedding."""
-        settings = self.settings
-        return adamw(
-            self.model, lr=peak_rate(settings), weight_decay=settings.weight_decay, betas=BETAS,
-            fused=settings.precision != "16", layer_decay=settings.layer_decay,
-        )  # fmt: skip
-
     def rate(self, epoch: float) -> float:
         """Return the head's learning rate after so many epochs."""
         s = self.settings
         warmup = min(s.warmup_epochs, s.epochs)
-        return learning_rate(epoch, s.epochs, peak=peak_rate(s), warmup=warmup, schedule="cosine", least=s.min_lr)
+        return learning_rate(epoch, s.epochs, peak=s.peak_rate, warmup=warmup, schedule="cosine", least=s.min_lr)
 
     def prepare(self, batch: Batch) -> Batch:
         """Normalise, erase and mix a micro-batch; the last image of an odd number stays unmixed."""
@@ -164,9 +142,6 @@ class FinetuneTask(RunnableTask[Batch]):
     @property
     def encoder(self) -> VisionTransformer:
         return self.model
-
-    def names(self, batch: Batch) -> list[str]:
-        return [self.train.source.name_of(int(index)) for index in batch.indices]
 
     def example(self, size: int) -> LabelledBatch:
         """Return `size` random images, to measure memory and time with."""
@@ -203,18 +178,10 @@ class FinetuneTask(RunnableTask[Batch]):
         """Say everything that was chosen, before the first step."""
         s, w = self.settings, self.weights
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
-        notes = []
+        notes = self.notes()
         pooled = "mean over patches" if s.pool == "mean" else "class token"
-        if s.untrained:
-            notes.append("nothing of the weights is used but their form (--untrained)")
-        if s.depth != w.depth:
-            more = plural(s.depth - w.depth, "fresh block")
-            kind = f"{more} on top" if s.depth > w.depth else f"its first {plural(s.depth, 'block')}"
-            notes.append(f"the encoder has {plural(w.depth, 'block')}: {kind}")
         if s.reinit_last:
             notes.append(f"fresh weights for the last {plural(s.reinit_last, 'block')}")
-        if s.patch_size != w.patch_size:
-            notes.append(f"patch embedding resampled from {w.patch_size} to {s.patch_size}")
         if self.model.patch_embed.grid_size != tuple(i // p for i, p in zip(w.image_size, w.patch_size, strict=True)):
             notes.append("positions resampled to another number of patches")
         if self.randaugment != s.randaugment:
@@ -228,17 +195,17 @@ class FinetuneTask(RunnableTask[Batch]):
             f"({parameters:.1f} M parameters)",
             f"input     {height}x{width} px, patches of {patch_height}x{patch_width}, {plural(w.channels, 'channel')}",
             f"recipe    {plural(s.epochs, 'epoch')} of {plural(steps, 'step')} · batch {s.batch_size} · peak "
-            f"rate {peak_rate(s):.2g} after {plural(s.warmup_epochs, 'epoch', form='.3g')} "
+            f"rate {s.peak_rate:.2g} after {plural(s.warmup_epochs, 'epoch', form='.3g')} "
             f"· layer decay {s.layer_decay:g} · drop path {s.drop_path:g} · seed {s.seed}",
             f"images    crops from {s.min_crop:g} of the area · {self.randaugment} · erasing {s.erasing:g} "
             f"· mixup {s.mixup:g} · cutmix {s.cutmix:g} · smoothing {s.smoothing:g}",
             *(f"note      {note}" for note in notes),
         ]
 
-    def finish(self, run: RunFolder, settings: ResolvedRun) -> None:
+    def finish(self, run: RunFolder) -> None:
         """Judge the last weights, and their average, on the test split; write results.json and the classifier."""
         models = {"weights": self.model} | ({"average": self.average.module} if self.average else {})
-        results = {name: self.judge(model, settings) for name, model in models.items()}
+        results = {name: self.judge(model) for name, model in models.items()}
         write_json(run.path / "results.json", {"data": self.settings.data, "classes": len(self.classes), **results})
         for name, result in results.items():
             run.say(f"{name}: {result}")
@@ -246,11 +213,12 @@ class FinetuneTask(RunnableTask[Batch]):
         export_classifier(best, self.weights, self.classes, self.settings.image_size, run)
         run.say(how_to_classify(run, self.settings.image_size, self.weights.channels, len(self.classes)))
 
-    def judge(self, model: VisionTransformer, settings: ResolvedRun) -> Accuracy:
+    def judge(self, model: VisionTransformer) -> Accuracy:
         """Return a model's accuracy on the whole test split."""
         found = predict(
-            model, self.held_out, self.weights.mean, self.weights.deviation, settings.micro_batch, settings.workers
-        )
+            model, self.held_out, self.weights.mean, self.weights.deviation, self.settings.micro_batch,
+            self.settings.workers,
+        )  # fmt: skip
         return accuracy(found.scores, found.labels, self.classes)
 
 
@@ -277,8 +245,3 @@ def build_classifier(settings: ResolvedFinetuning, weights: Weights, classes: in
         nn.init.trunc_normal_(model.head.weight, std=HEAD_DEVIATION)
     nn.init.zeros_(model.head.bias)
     return model.train()
-
-
-def peak_rate(settings: ResolvedFinetuning) -> float:
-    """Return the head's learning rate after warm-up: `base_lr` for 256 images, in proportion to the batch."""
-    return settings.base_lr * settings.batch_size / 256

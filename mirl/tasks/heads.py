@@ -1,23 +1,27 @@
 """What tasks share that train heads on a pre-trained encoder: its rates fall with depth, and what is said of it."""
 
-from typing import Any
+from typing import cast
 
 import torch
+from timm.models import VisionTransformer
 
 from mirl.data.instances import InstanceSplit
+from mirl.data.labels import LabelledSource
 from mirl.data.loading import B
 from mirl.data.semantic import SemanticSplit
 from mirl.errors import plural
+from mirl.models.patches import pair
 from mirl.models.weights import Weights
 from mirl.tasks.run import RunnableTask
 from mirl.tasks.settings.detection import ResolvedDetection
+from mirl.tasks.settings.finetuning import ResolvedFinetuning
 from mirl.tasks.settings.segmentation import ResolvedSegmentation
 from mirl.training.optimizers import adamw
 
-Settings = ResolvedDetection | ResolvedSegmentation
-Split = InstanceSplit | SemanticSplit
+Dense = ResolvedDetection | ResolvedSegmentation
+Noted = InstanceSplit | SemanticSplit
+Split = Noted | LabelledSource
 BETAS = (0.9, 0.999)
-TRAINING, HELD_OUT = 0, 1  # streams of random numbers
 
 
 class HeadTask(RunnableTask[B]):
@@ -27,38 +31,44 @@ class HeadTask(RunnableTask[B]):
         settings: resolved; weights: of the encoder; train, val: splits of the same classes.
     """
 
-    held_out_batch = 1  # images of any size: padded to each other they could be gigabytes
+    settings: Dense | ResolvedFinetuning
+    train: Split
+    val: Split
 
-    def __init__(self, settings: Settings, weights: Weights, train: Split, val: Split) -> None:
+    def __init__(self, settings: Dense | ResolvedFinetuning, weights: Weights, train: Split, val: Split) -> None:
         self.settings, self.weights, self.train, self.val = settings, weights, train, val
         self.samples = len(train) + (0 if val is train else len(val))  # the same images with --overfit
 
     def optimizer(self) -> torch.optim.Optimizer:
         """Build AdamW with a rate that decays from the heads down to the patch embedding."""
-        s = self.settings
-        encoder: Any = self.encoder
+        s, encoder = self.settings, self.encoder
         return adamw(
             self.model, lr=s.peak_rate, weight_decay=s.weight_decay, betas=BETAS, fused=s.precision != "16",
-            layer_decay=s.layer_decay, encoder=encoder,
+            layer_decay=s.layer_decay, encoder=None if encoder is self.model else encoder,
         )  # fmt: skip
 
     def names(self, batch: B) -> list[str]:
         return [self.train.source.name_of(int(index)) for index in batch.indices]
 
     def notes(self) -> list[str]:
-        """Return what was found in the data and done to the encoder, for the lines before the first step."""
-        s, w = self.settings, self.weights
-        if s.overfit is None:
-            splits = {"training": self.train, "held out": self.val}
-            found = [f"{name}: {note}" for name, split in splits.items() for note in split.notes]
-        else:
-            images = plural(s.overfit, "image")
-            found = [f"trained and tested on the same {images}, unchanged (--overfit)", *self.train.notes]
-        if w.full_depth and w.full_depth > w.depth:
-            fresh = plural(w.full_depth - w.depth, "fresh block")
-            found.append(f"the encoder has {plural(w.depth, 'block')}: {fresh} on top")
+        """Return what was done to the encoder, for the lines before the first step."""
+        s, w, encoder = self.settings, self.weights, cast(VisionTransformer, self.encoder)
+        depth, patch_size = len(encoder.blocks), pair(s.patch_size)
+        found = []
         if s.untrained:
-            found.append("nothing of the encoder's weights is used but their form (--untrained)")
-        if s.patch_size != w.patch_size[0]:
-            found.append(f"patch embedding resampled from {w.patch_size} to {s.patch_size}")
+            found.append("nothing of the weights is used but their form (--untrained)")
+        if depth != w.depth:
+            more = plural(depth - w.depth, "fresh block")
+            kind = f"{more} on top" if depth > w.depth else f"its first {plural(depth, 'block')}"
+            found.append(f"the encoder has {plural(w.depth, 'block')}: {kind}")
+        if patch_size != w.patch_size:
+            found.append(f"patch embedding resampled from {w.patch_size} to {patch_size}")
         return found
+
+
+def notes_on_data(settings: Dense, train: Noted, val: Noted) -> list[str]:
+    """Return what was found in the data, for the lines before the first step."""
+    if settings.overfit is None:
+        return [*(f"training: {note}" for note in train.notes), *(f"held out: {note}" for note in val.notes)]
+    images = plural(settings.overfit, "image")
+    return [f"trained and tested on the same {images}, unchanged (--overfit)", *train.notes]

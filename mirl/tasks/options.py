@@ -3,13 +3,16 @@
 import dataclasses
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypedDict, TypeVar, Union, get_args, get_origin
 
-from mirl.errors import UserError
-from mirl.training.runs import command_of
+from mirl.errors import UserError, in_words
+from mirl.training.runs import command_of, read_config
 
 Precision = Literal["32", "bf16", "16"]
 
@@ -18,6 +21,15 @@ OF_THIS_START = {"resume", "overwrite", "download", "devices", "num_nodes", "str
 FREE = {"out", "checkpoint_minutes", "checkpoint_steps", "rollback", "max_bad", "micro_batch", "clip_grad",
         "evaluate_epochs", "precision", "block_figures", "labelled", "report", "compile", "checkpointing"}  # fmt: skip
 NOT_SAVED = {"resume", "overwrite", "download"}
+
+
+class Machine(TypedDict):
+    """What choices depend on beside the data: whether there is a GPU, processes of the whole run, the precision."""
+
+    gpu: bool
+    devices: int
+    precision: Precision
+
 
 Ranges = dict[str, tuple[Callable[[Any], bool], str]]
 POSITIVE: tuple[Callable[[Any], bool], str] = (lambda x: 0 < x < math.inf, "more than 0")
@@ -35,17 +47,26 @@ RUN_RANGES: Ranges = {
 
 @dataclass(frozen=True)
 class Options:
-    """Options of a command: paths become text, and numbers are held to their ranges.
+    """Options of a command, held to their types and ranges; paths become text, and NumPy's numbers Python's.
+
+    None, which leaves a choice open, is allowed everywhere.
 
     Raises:
-        UserError: if a number is outside its range.
+        UserError: if a value is of another type, or a number outside its range.
     """
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, os.PathLike):
-                object.__setattr__(self, field.name, os.fspath(value))
+                value = os.fspath(value)
+            elif isinstance(value, Real) and hasattr(value, "item"):
+                value = value.item()
+            object.__setattr__(self, field.name, value)
+            if value is not None and not fits(value, field.type):
+                shown = value if get_origin(field.type) is Literal else repr(value)
+                quoted = ", as text" if str(value) in get_args(field.type) else ""  # 32, where "32" is meant
+                raise UserError(f"--{field.name} {shown} is not allowed; give {in_words(field.type)}{quoted}")
         for name, (allowed, text) in self.ranges().items():
             value = getattr(self, name)
             if value is not None and not allowed(value):
@@ -56,8 +77,25 @@ class Options:
         return {}
 
 
+def fits(value: Any, hint: Any) -> bool:
+    """Tell whether `value` is of the type that an option has; lists and tuples are alike, as YAML has no tuples."""
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return any(fits(value, part) for part in parts)
+    if kind is Literal:
+        return isinstance(value, str) and value in parts
+    if kind in (list, tuple):
+        if not isinstance(value, list | tuple):
+            return False
+        hints = parts if kind is tuple else parts * len(value)
+        return len(hints) == len(value) and all(map(fits, value, hints))
+    if kind in (int, float):  # True is 1 to Python, and not to a user
+        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
 @dataclass(frozen=True)
-class RunOptions(Options):
+class RunOptions(Options, ABC):
     """Options of every run that trains: the optimizer's, the machine's, the run folder's."""
 
     out: str | None = None
@@ -108,9 +146,9 @@ class RunOptions(Options):
         super().__post_init__()
 
     @property
+    @abstractmethod
     def run_folder(self) -> Path:
         """The run folder, given or by default."""
-        raise NotImplementedError
 
     def ranges(self) -> Ranges:
         """Return what is allowed for numbers of every run."""
@@ -136,7 +174,7 @@ class ResolvedRun(RunOptions):
     epochs: int = 1
 
     @property
-    def folder(self) -> Path:
+    def run_folder(self) -> Path:
         return Path(self.out)
 
 
@@ -155,6 +193,13 @@ def default_folder(data: str, otherwise: str, ending: str = "") -> Path:
     """Return runs/ and the name of the data, `otherwise` where it has none, with an `ending`."""
     name = otherwise if set("*{") & set(data) else Path(data).stem
     return Path("runs") / f"{name.replace(':', '-') or otherwise}{ending}"
+
+
+def required(weights: str | None) -> str:
+    """Return `--weights` of a command that trains from an encoder, or raise UserError if it is missing."""
+    if not weights:
+        raise UserError("--weights is missing; give a run folder of mirl pretrain, or a timm name")
+    return weights
 
 
 def check_only(given: Options, allowed: Sequence[str]) -> None:
@@ -210,10 +255,15 @@ def restarts() -> int:
     return max(int(count) if count.isdigit() else 0 for count in counts)
 
 
-def after_restart(given: Run) -> Run:
-    """Let processes that were started again after a failure go on with what they have begun, as --resume does."""
-    begun = restarts() and (given.run_folder / "config.yaml").exists()
-    return dataclasses.replace(given, resume=True, overwrite=False) if begun else given
+def begun(given: Run, named: Collection[str]) -> Run:
+    """Return the settings to start with: with --resume the run's own, and so where a launcher started it again.
+
+    Args:
+        named: the options that the user named.
+    """
+    if restarts() and (given.run_folder / "config.yaml").exists():
+        given = dataclasses.replace(given, resume=True, overwrite=False)
+    return resumed(given, named, read_config(given.run_folder)) if given.resume else given
 
 
 def resolve_run(

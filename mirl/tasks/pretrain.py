@@ -32,23 +32,22 @@ from mirl.tasks.blocks import BlockMonitor
 from mirl.tasks.export import export, how_to_use
 from mirl.tasks.extension import begin, extended
 from mirl.tasks.objectives import Seen, extra_objectives, feature_values, open_teacher
-from mirl.tasks.options import ResolvedRun, after_restart, built_in, resumed
-from mirl.tasks.run import RunnableTask, carry_out
+from mirl.tasks.options import Machine, begun, built_in
+from mirl.tasks.run import HELD_OUT, TRAINING, RunnableTask, train
 from mirl.tasks.settings.pretraining import Pretraining, Resolved, autoencoder_of, idle_options, resolve
 from mirl.tasks.warm_start import open_start, start_from
-from mirl.training import processes
 from mirl.training.checkpoints import saved_steps
 from mirl.training.monitors import Monitor
 from mirl.training.optimizers import adamw
 from mirl.training.pictures import draw
 from mirl.training.reconstructions import compose, panels, write_atlas
-from mirl.training.runs import RunFolder, read_config
+from mirl.training.runs import RunFolder
 from mirl.training.schedules import learning_rate
 
 BETAS = (0.9, 0.95)
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.02, 2000
+HELD_OUT_LEAST = 8  # that all of these are damaged is unlikely; of fewer than 16 images half are held out
 READ_OUT_SHARE = 0.3  # of labelled images without a test split, to test read-outs on
-TRAINING, HELD_OUT = 0, 1  # streams of random numbers
 PICTURED = 6
 COMPILED_FROM = 3600  # seconds that a run on a GPU takes
 SAMPLED = 64  # images looked at to choose the image size
@@ -63,33 +62,21 @@ def pretrain(**options: Any) -> Path:
         UserError: on a mistake in the options, the data or the run folder.
         KeyboardInterrupt: after SIGINT or SIGTERM, once the state is saved.
     """
-    settings = after_restart(Pretraining(**options))
-    if settings.resume:
-        settings = resumed(settings, options, read_config(settings.run_folder))
-    elif settings.resume_from:
-        settings = extended(settings, options)
-    precision = processes.precision_of(settings.precision)
-    start = open_start(settings)
-    if start and not settings.model:
-        settings = replace(settings, model=start.name if isinstance(start, Weights) else start.settings["model"])
-    source = open_source(settings.data, channels=settings.channels, download=settings.download)
+    given = begun(Pretraining(**options), options)
+    if given.resume_from and not given.resume:
+        given = extended(given, options)
+    start = open_start(given)
+    if start and not given.model:
+        given = replace(given, model=start.name if isinstance(start, Weights) else start.settings["model"])
+    source = open_source(given.data, channels=given.channels, download=given.download)
     training, held_out = split_off_held_out(len(source), ends_of(source))
-    fabric = processes.launch(settings.devices, settings.num_nodes, precision, settings.strategy)
-    with processes.as_one(fabric):
-        settings = resolve(
-            settings, images=len(training), shorter_side=typical_side(source), gpu=fabric.device.type == "cuda",
-            devices=fabric.world_size, precision=precision,
-        )  # fmt: skip
+
+    def task_for(machine: Machine) -> PretrainTask:
+        settings = resolve(given, images=len(training), shorter_side=typical_side(source), **machine)
         torch.manual_seed(settings.seed)
-        task = PretrainTask(settings, source, training, held_out, start)
-        run = RunFolder(
-            settings.run_folder, resume=settings.resume, overwrite=settings.overwrite, writes=fabric.is_global_zero
-        )
-        if settings.resume_from and not saved_steps(run.checkpoints):
-            run.write_config(settings.saved())  # killed from here on, it is a run that --resume goes on with
-            begin(run, settings.resume_from)
-    carry_out(fabric, settings, task, run)
-    return run.path
+        return PretrainTask(settings, source, training, held_out, start)
+
+    return train(given, task_for)
 
 
 class PretrainTask(RunnableTask[MaskedBatch]):
@@ -104,6 +91,7 @@ class PretrainTask(RunnableTask[MaskedBatch]):
         UserError: if sizes do not fit each other or the weights.
     """
 
+    settings: Resolved
     model: Autoencoder
 
     def __init__(
@@ -149,7 +137,7 @@ class PretrainTask(RunnableTask[MaskedBatch]):
         """Build AdamW for all parameters. Paper: Sec. 4, pre-training setup; the betas are MAE's."""
         settings = self.settings
         return adamw(
-            self.model, lr=peak_rate(settings), weight_decay=settings.weight_decay, betas=BETAS,
+            self.model, lr=settings.peak_rate, weight_decay=settings.weight_decay, betas=BETAS,
             fused=settings.precision != "16",
         )  # fmt: skip
 
@@ -157,22 +145,27 @@ class PretrainTask(RunnableTask[MaskedBatch]):
         """Return the learning rate after so many epochs."""
         s = self.settings
         warmup = min(s.warmup_epochs, s.epochs)
-        return learning_rate(epoch, s.epochs, peak=peak_rate(s), warmup=warmup, schedule=s.schedule)
+        return learning_rate(epoch, s.epochs, peak=s.peak_rate, warmup=warmup, schedule=s.schedule)
 
     @property
     def extensible(self) -> bool:
         """Whether the rate is constant before it decays, so that a longer run can go on from there."""
         return self.settings.schedule == "step"
 
-    def decide(self, settings: ResolvedRun, device: torch.device, seconds: float) -> ResolvedRun:
+    def begin(self, run: RunFolder) -> None:
+        """Give a run that extends another the checkpoint to start from."""
+        if self.settings.resume_from and not saved_steps(run.checkpoints):
+            run.write_config(self.settings.saved())  # killed from here on, it is a run that --resume goes on with
+            begin(run, self.settings.resume_from)
+
+    def decide(self, device: torch.device, seconds: float) -> None:
         """Compile for long runs on a GPU, unless it was said."""
         compiled = self.settings.compile
         if compiled is None:  # every process measures its own seconds, but each compiles for itself
             compiled = device.type == "cuda" and seconds > COMPILED_FROM
         if compiled:
             self.model.compile_repeated()
-        self.settings = replace(cast(Resolved, settings), compile=compiled)
-        return self.settings
+        self.settings = replace(self.settings, compile=compiled)
 
     def loss(self, model: nn.Module, batch: MaskedBatch) -> dict[str, Tensor]:
         """Return the loss [b] of each image and, where there are several, of each objective and of each term.
@@ -284,7 +277,7 @@ class PretrainTask(RunnableTask[MaskedBatch]):
             f"input     {height}x{width} px, patches of {patch_height}x{patch_width}, {plural(s.channels, 'channel')} "
             f"· {s.mask_ratio:.0%} of {self.patches} patches masked",
             f"recipe    {plural(s.epochs, 'epoch')} of {plural(steps, 'step')} · batch {s.batch_size} · peak "
-            f"rate {peak_rate(s):.2g} after {plural(s.warmup_epochs, 'epoch', form='.3g')}, "
+            f"rate {s.peak_rate:.2g} after {plural(s.warmup_epochs, 'epoch', form='.3g')}, "
             f"{s.schedule} schedule · seed {s.seed}",
             *(["speed     blocks are compiled: the first steps take about a minute more"] if s.compile else []),
             *(["memory    blocks are computed again in the backward pass"] if s.checkpointing else []),
@@ -294,9 +287,9 @@ class PretrainTask(RunnableTask[MaskedBatch]):
             *(f"warning: {line}" for line in (*idle_options(s, method), *getattr(self.source, "warnings", ()))),
         ]
 
-    def finish(self, run: RunFolder, settings: ResolvedRun) -> None:
+    def finish(self, run: RunFolder) -> None:
         """Write the encoder and the autoencoder, and say how to use them."""
-        export(self.model, self.settings, settings, run)
+        export(self.model, self.settings, run)
         run.say(how_to_use(run, self.settings))
 
 
@@ -309,14 +302,14 @@ def open_read_out(settings: Resolved) -> tuple[LabelledSource, LabelledSource] |
 
 
 def split_off_held_out(count: int, ends: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Return indices of training and held-out images: a fixed 2 %, at most 2,000 and at least 1, are held out.
+    """Return indices of training and held-out images: a fixed 2 % are held out, 8 to 2,000, and at most half.
 
     Args:
         ends: number of images up to the end of each shard; of many shards, a few have all that are held out.
     """
     if count < 2:
         raise UserError(f"{count} image is too few: one is held out for evaluation; give at least 2")
-    held_out = min(HELD_OUT_MOST, max(1, round(HELD_OUT_SHARE * count)))
+    held_out = min(HELD_OUT_MOST, max(min(count // 2, HELD_OUT_LEAST), round(HELD_OUT_SHARE * count)))
     order = np.random.default_rng(0).permutation(count if ends is None else held_out_candidates(ends, held_out))
     chosen = np.sort(order[:held_out])
     return np.delete(np.arange(count), chosen), chosen
@@ -333,8 +326,3 @@ def typical_side(source: Source) -> float:
     if not sides:
         raise UserError(f"none of the images looked at can be read, e.g. {bad}; check the data")
     return float(np.median(sides))
-
-
-def peak_rate(settings: Resolved) -> float:
-    """Return the learning rate after warm-up: `base_lr` for 256 images, in proportion to the batch."""
-    return settings.base_lr * settings.batch_size / 256

@@ -2,40 +2,46 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
 from mirl.data.loading import B, StepSampler, Views
 from mirl.data.order import ShardOrder
+from mirl.data.shards.ahead import fetched_ahead
 from mirl.data.workers import Batches
 from mirl.errors import UserError, plural
 from mirl.reports.page import write_report
-from mirl.tasks.options import ResolvedRun, restarts
-from mirl.training import loop
+from mirl.tasks.options import Machine, ResolvedRun, RunOptions, restarts
+from mirl.training import loop, processes
 from mirl.training.checkpoints import last_good, saved_steps
 from mirl.training.files import fault_of_disk
+from mirl.training.probe import probe
 from mirl.training.processes import Fabric, from_all, together
 from mirl.training.runs import RunFolder, duration
 from mirl.training.saving import Progress, restore
 from mirl.training.schedules import undecayed_steps
-from mirl.training.steps import Task, probe
+from mirl.training.task import Task
 
 LONG = 24 * 3600  # seconds after which a run deserves a warning
+TRAINING, HELD_OUT = 0, 1  # streams of random numbers
 
 
 class RunnableTask(Task[B]):
     """A task with its data, its optimizer and its results.
 
     Attributes:
+        settings: every choice made; `carry_out` puts in what it measures.
         training, held_out: what it learns from and what it is evaluated on.
         samples: size of the whole data set; a resumed run must find it unchanged.
         held_out_batch: held-out images read at once; None is the micro-batch.
     """
 
+    settings: ResolvedRun
     training: Views
     held_out: Views
     samples: int
@@ -54,20 +60,43 @@ class RunnableTask(Task[B]):
         """Whether a longer run can go on from where the rate first decays; a checkpoint of that is kept."""
         return False
 
-    def decide(self, settings: ResolvedRun, device: torch.device, seconds: float) -> ResolvedRun:
+    def begin(self, run: RunFolder) -> None:
+        """Put into a new run folder what the run starts from."""
+
+    def decide(self, device: torch.device, seconds: float) -> None:
         """Choose what depends on how long the run will take, once that is measured."""
-        return settings
 
     @abstractmethod
     def summary(self) -> list[str]:
         """Say what was chosen, before the first step."""
 
     @abstractmethod
-    def finish(self, run: RunFolder, settings: ResolvedRun) -> None:
+    def finish(self, run: RunFolder) -> None:
         """Leave results in the run folder; called in the first process only."""
 
 
-def carry_out(fabric: Fabric, settings: ResolvedRun, task: RunnableTask[B], run: RunFolder) -> None:
+def train(given: RunOptions, task_for: Callable[[Machine], RunnableTask[B]]) -> Path:
+    """Train on the devices that were asked for, and return the run folder.
+
+    Args:
+        given: the options; task_for: builds the task for these devices, and makes every choice that depends on them.
+
+    Raises:
+        UserError, KeyboardInterrupt: as `carry_out`; a UserError of `task_for` in any process ends all.
+    """
+    precision = processes.precision_of(given.precision)
+    fabric = processes.launch(given.devices, given.num_nodes, precision, given.strategy)
+    with processes.as_one(fabric):
+        task = task_for({"gpu": fabric.device.type == "cuda", "devices": fabric.world_size, "precision": precision})
+        run = RunFolder(
+            task.settings.run_folder, resume=given.resume, overwrite=given.overwrite, writes=fabric.is_global_zero
+        )
+        task.begin(run)
+    carry_out(fabric, task, run)
+    return run.path
+
+
+def carry_out(fabric: Fabric, task: RunnableTask[B], run: RunFolder) -> None:
     """Run `task` from its first or its last saved step to the end, and close the run folder.
 
     Raises:
@@ -76,18 +105,19 @@ def carry_out(fabric: Fabric, settings: ResolvedRun, task: RunnableTask[B], run:
     """
     started = False
     try:
-        micro_batch, of_image = probe(fabric, task, settings.micro_batch, run)
-        seconds = of_image * len(task.training) * settings.epochs
-        settings = task.decide(replace(settings, micro_batch=micro_batch), fabric.device, seconds)
-        run.write_config(settings.saved())
+        micro_batch, of_image = probe(fabric, task, task.settings.micro_batch, run)
+        task.settings = replace(task.settings, micro_batch=micro_batch)
+        seconds = of_image * len(task.training) * task.settings.epochs / fabric.world_size
+        task.decide(fabric.device, seconds)
+        run.write_config(task.settings.saved())
         started = True
-        for line in [*task.summary(), *_machine(fabric, settings, seconds)]:
+        for line in [*task.summary(), *_machine(fabric, task.settings, seconds)]:
             run.say(line)
         with together(fabric.global_rank, fabric.world_size):
-            _train(fabric, settings, task, run)
+            _train(fabric, task, run)
         with task.whole():
             if fabric.is_global_zero:
-                task.finish(run, settings)
+                task.finish(run)
     except UserError as error:
         if started and fabric.is_global_zero:
             with suppress(OSError):  # that the disk is full may be what is to be said
@@ -103,7 +133,7 @@ def carry_out(fabric: Fabric, settings: ResolvedRun, task: RunnableTask[B], run:
         ) from error
     finally:
         try:
-            if started and fabric.is_global_zero and settings.report:
+            if started and fabric.is_global_zero and task.settings.report:
                 leave_report(run)
         finally:
             run.close()
@@ -123,7 +153,6 @@ def _machine(fabric: Fabric, settings: ResolvedRun, seconds: float) -> list[str]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     count = f"{fabric.world_size} x " if fabric.world_size > 1 else ""
     shared = ", which share the model" if settings.strategy == "fsdp" else ""
-    seconds /= fabric.world_size
     advice = f"advice: {duration(seconds)} is long; for a first look add --epochs {max(1, settings.epochs // 50)}"
     return [
         f"machine   {count}{name}{shared} · precision {settings.precision} · micro-batch {settings.micro_batch} "
@@ -133,7 +162,8 @@ def _machine(fabric: Fabric, settings: ResolvedRun, seconds: float) -> list[str]
     ]
 
 
-def _train(fabric: Fabric, settings: ResolvedRun, task: RunnableTask[B], run: RunFolder) -> None:
+def _train(fabric: Fabric, task: RunnableTask[B], run: RunFolder) -> None:
+    settings = task.settings
     steps_per_epoch = len(task.training) // settings.batch_size
     steps = steps_per_epoch * settings.epochs
     task.shard(fabric)
@@ -178,7 +208,8 @@ def _train(fabric: Fabric, settings: ResolvedRun, task: RunnableTask[B], run: Ru
             stop=steps, rank=fabric.global_rank, world_size=fabric.world_size, jumps=progress.jumps,
             shards=ShardOrder.of(task.training.source, task.training.members),
         )  # fmt: skip
-        return Batches(task.training, sampler, workers=settings.workers, pin=pin, told=told)
+        keys = fetched_ahead(sampler, task.training, processes=fabric.world_size)
+        return Batches(task.training, keys, workers=settings.workers, pin=pin, told=told)
 
     mine = list(range(len(task.held_out)))[fabric.global_rank :: fabric.world_size]
     size = task.held_out_batch or settings.micro_batch

@@ -16,9 +16,9 @@ from mirl.errors import UserError, plural
 from mirl.heads.sliding import segment
 from mirl.heads.upernet import Segmenter
 from mirl.models.weights import Weights
-from mirl.tasks.heads import HELD_OUT, TRAINING, HeadTask
+from mirl.tasks.heads import HeadTask, notes_on_data
 from mirl.tasks.mean_iou import Overlap
-from mirl.tasks.options import ResolvedRun
+from mirl.tasks.run import HELD_OUT, TRAINING
 from mirl.tasks.segmentation_pictures import draw_predictions, draw_training
 from mirl.tasks.segmentation_scores import IoUOfHeldOut, judge, write_results
 from mirl.tasks.segmenter import described, inference_of, segmenter_of
@@ -51,10 +51,12 @@ class SegmentTask(HeadTask[SemanticBatch]):
     """
 
     settings: ResolvedSegmentation
+    train: SemanticSplit
     val: SemanticSplit
     model: Segmenter
     training: SemanticViews
     held_out: SemanticViews
+    held_out_batch = 1  # images of any size: padded to each other they could be gigabytes
 
     def __init__(
         self, settings: ResolvedSegmentation, weights: Weights, train: SemanticSplit, val: SemanticSplit
@@ -121,7 +123,7 @@ class SegmentTask(HeadTask[SemanticBatch]):
         """Say everything that was chosen, before the first step."""
         s, w = self.settings, self.weights
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
-        notes = self.notes()
+        notes = [*notes_on_data(s, self.train, self.val), *self.notes()]
         if s.inference == "whole":
             notes.append("tests look at whole images: --stride has no effect")
         positions = "absolute and relative" if s.relative_positions else "absolute"
@@ -140,19 +142,19 @@ class SegmentTask(HeadTask[SemanticBatch]):
             *(f"note      {note}" for note in notes),
         ]
 
-    def finish(self, run: RunFolder, settings: ResolvedRun) -> None:
+    def finish(self, run: RunFolder) -> None:
         """Write the segmenter, and how good it is."""
         save_trained(self.model, self.settings, self.about, run.path / TRAINED["segment"])
         self.model.eval()
         if self.judged is None:  # a complete run that was started again
             if (run.path / "results.json").exists():
                 return
-            self.judged, _ = judge(partial(self.segment, self.model), self.val, self.classes, settings.workers)
+            self.judged, _ = judge(partial(self.segment, self.model), self.val, self.classes, self.settings.workers)
         more: dict[str, Any] = {"data": self.settings.data}
         run.say(str(self.judged))
         if self.settings.multi_scale:
             several = partial(self.segment, self.model, multi_scale=True)
-            averaged, _ = judge(several, self.val, self.classes, settings.workers)
+            averaged, _ = judge(several, self.val, self.classes, self.settings.workers)
             run.say(f"with six sizes and their mirror images: {averaged}")
             more["multi_scale"] = averaged.as_json()
         write_results(self.judged, run.path, **more)

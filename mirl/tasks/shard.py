@@ -26,6 +26,7 @@ from mirl.data.shards.writing import Plan, images_per_shard, write_shard, writte
 from mirl.data.sources import Source, open_source
 from mirl.errors import UserError, plural
 from mirl.tasks.options import available_cores
+from mirl.tasks.settings.sharding import ShardOptions
 from mirl.training.files import atomic
 from mirl.training.locking import LOCK, locked
 from mirl.training.runs import console
@@ -34,33 +35,13 @@ MADE_BY, SKIPPED = "shard.json", "skipped.csv"
 OURS = re.compile("|".join([r"\d{6,}\.(tar|index)", *map(re.escape, (INDEX, MADE_BY, SKIPPED))]))
 
 
-def shard(
-    data: str,
-    out: str,
-    *,
-    shard_mib: float = 256,
-    resize: int | None = None,
-    shuffle: bool = True,
-    seed: int = 0,
-    channels: int = 3,
-    workers: int | None = None,
-    download: bool = False,
-) -> Path:
+def shard(data: str, out: str, **options: Any) -> Path:
     """Write images into tar shards that `--data` takes, and webdataset reads.
 
     Shards are checked after they are written. What is not an image is left out and listed in `skipped.csv`. Started
     again after a kill, it goes on behind the last whole shard; the result is the same, byte for byte.
 
-    Args:
-        data: whatever pretrain's --data takes: a folder, a glob, a list, other shards ...
-        out: folder for the shards; new or empty, or that of the same command that was interrupted
-        shard_mib: size of a shard in MiB, about
-        resize: shorter side, in pixels, to make larger images smaller; by default images stay as they are
-        shuffle: mix the images, so that each shard is a fair sample; false keeps their order
-        seed: of the mixing
-        channels: of the images; other than 1, 3 and 4 only .npy files are images
-        workers: processes; by default one for each core
-        download: let torchvision or the hub fetch a data set given by name
+    Takes the fields of `mirl.ShardOptions`, e.g. `mirl.shard("photos", "shards", resize=256)`.
 
     Returns:
         The path of the folder.
@@ -68,40 +49,30 @@ def shard(
     Raises:
         UserError: on a mistake in the options or the data, or if the folder holds other things or cannot be written.
     """
-    _check(shard_mib=shard_mib, resize=resize, workers=workers, seed=seed)
-    source = open_source(data, channels=channels, download=download)
-    order = np.random.default_rng(seed).permutation(len(source)) if shuffle else np.arange(len(source))
-    folder = Path(out).expanduser()
+    given = ShardOptions(data=data, out=out, **options)
+    source = open_source(given.data, channels=given.channels, download=given.download)
+    count = len(source)
+    order = np.random.default_rng(given.seed).permutation(count) if given.shuffle else np.arange(count)
+    folder = Path(given.out).expanduser()
     made_by = {
-        "images": len(source), "names": _digest(source), "shard_mib": shard_mib, "resize": resize, "shuffle": shuffle,
-        "seed": seed, "channels": channels,
+        "images": count, "names": _digest(source), "shard_mib": given.shard_mib, "resize": given.resize,
+        "shuffle": given.shuffle, "seed": given.seed, "channels": given.channels,
     }  # fmt: skip
     try:
         _claim(folder, made_by)  # before a lock is written in a folder of something else
         with locked(folder):
             before = _claim(folder, made_by)
-            per_shard = before or images_per_shard(source, order, shard_mib * 2**20, resize, channels)
+            per_shard = before or images_per_shard(source, order, given.shard_mib * 2**20, given.resize, given.channels)
             _write_json(folder / MADE_BY, made_by | {"per_shard": per_shard})
-            plan = Plan(source, folder, order, per_shard, resize, channels)
+            plan = Plan(source, folder, order, per_shard, given.resize, given.channels)
             if not (folder / INDEX).exists():
-                _write_shards(plan, available_cores() if workers is None else workers)
+                _write_shards(plan, available_cores() if given.workers is None else given.workers)
                 _finish(plan, made_by)
             _tell(folder)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot write {folder}: {reason}; mend that and start again, it goes on") from error
     return folder
-
-
-def _check(*, shard_mib: float, resize: int | None, workers: int | None, seed: int) -> None:
-    if not 0 < shard_mib <= 2**20:
-        raise UserError(f"--shard_mib {shard_mib} is not allowed; give more than 0 and at most {2**20}")
-    if resize is not None and resize < 1:
-        raise UserError(f"--resize {resize} is not allowed; give pixels, 1 or more")
-    if workers is not None and workers < 0:
-        raise UserError(f"--workers {workers} is not allowed; give 0 or more")
-    if seed < 0:
-        raise UserError(f"--seed {seed} is not allowed; give 0 or more")
 
 
 def _digest(source: Source) -> str:

@@ -33,7 +33,7 @@ def write_run(folder, **options):
     task.model.eval()
     run = RunFolder(folder, resume=False, overwrite=False)
     run.write_config(settings.saved())
-    export(task.model, settings, settings, run)
+    export(task.model, settings, run)
     run.close()
     return task
 

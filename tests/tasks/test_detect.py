@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from tiny_classes import write_encoder
 from tiny_detectors import TINY, write_coco
@@ -36,6 +37,7 @@ def test_a_run_leaves_what_it_promises(trained):
     assert {"augmented.png", "curves.png", "step_00000000.png", "step_00000006.png"} <= {
         path.name for path in (trained / "pictures").iterdir()
     }
+    assert not {"run", "predict", "threshold", "onnx"} & yaml.safe_load((trained / "config.yaml").read_text()).keys()
     results = json.loads((trained / "results.json").read_text())
     assert results["images"] == 10 and len(results["per_class"]) == 10 and 0 <= results["box_ap"] <= 1
     last = rows(trained, "held_out")[-1]

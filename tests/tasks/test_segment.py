@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_classes import write_encoder
@@ -41,6 +42,7 @@ def test_a_run_leaves_what_it_promises(trained):
     assert {"config.yaml", "segmenter.safetensors", "results.json", "confusion.csv", "confusion.png"} <= {
         path.name for path in trained.iterdir()
     }
+    assert not {"run", "predict"} & yaml.safe_load((trained / "config.yaml").read_text()).keys()
     for name in ("augmented", "curves", "step_00000000", "step_00000006"):
         with Image.open(trained / "pictures" / f"{name}.png") as picture:
             assert np.asarray(picture).std() > 5, name

@@ -9,6 +9,7 @@ from typing import Literal
 from mirl.errors import UserError
 from mirl.tasks.options import (
     COUNT,
+    FRACTION,
     NOT_NEGATIVE,
     POSITIVE,
     Precision,
@@ -16,6 +17,7 @@ from mirl.tasks.options import (
     ResolvedRun,
     RunOptions,
     built_in,
+    check_only,
     default_folder,
     resolve_run,
 )
@@ -31,6 +33,8 @@ LARGEST = 1333 / 800  # longer side of an image, in its shorter one
 WARMUP_SHARE = 0.1  # of the run, at most
 REGIONS = 512  # of each image, on which both protocols train the heads
 SMALL_WIDTH, SMALL_REGIONS = 64, 64  # of a detector for the built-in images
+# Options that mean something where nothing is trained.
+WITH_A_RUN = ("run", "predict", "threshold", "onnx", "batch_size", "workers", "out")
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ class _Detection:
 
 @dataclass(frozen=True)
 class Detection(RunOptions, _Detection):
-    """Options of `mirl detect`. What is None is chosen from the data and the machine, and printed."""
+    """Options of a detector's training. What is None is chosen from the data and the machine, and printed."""
 
     def ranges(self) -> Ranges:
         """Return what is allowed for numbers of detection."""
@@ -125,6 +129,46 @@ class Detection(RunOptions, _Detection):
     def run_folder(self) -> Path:
         """Where the run goes: --out, or runs/ and the name of the data."""
         return Path(self.out) if self.out else default_folder(self.data, "coco", "_detector")
+
+
+@dataclass(frozen=True)
+class _UseOfADetector:
+    run: str | None = None
+    """run folder of mirl detect, for --predict and --onnx, e.g. `mirl detect runs/a --predict photos/`"""
+    predict: str | None = None
+    """images in which to find objects: a folder, a glob or a list; writes overlays/ and predictions.json, in COCO's
+    format, to --out, by default predictions/ in the run folder"""
+    threshold: float = 0.5
+    """least score of what --predict draws and writes, of at most 100 objects in an image"""
+    onnx: str | None = None
+    """write the detector's backbone, images to five maps, to this ONNX file"""
+
+
+@dataclass(frozen=True)
+class DetectOptions(Detection, _UseOfADetector):
+    """Options of `mirl detect`: those of a training, or a trained run and what to do with it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.threshold != DetectOptions.threshold and not self.predict:
+            raise UserError("--threshold has no effect without --predict; add it, or leave out --threshold")
+        if self.run is None and (self.predict or self.onnx):
+            raise UserError(
+                "--predict and --onnx need a trained run; give it first, as in mirl detect RUN --predict DIR"
+            )
+        if self.run is not None:
+            if not (self.predict or self.onnx):
+                raise UserError(f"give --predict or --onnx with the run {self.run}, or --weights in its place to train")
+            check_only(self, WITH_A_RUN)
+
+    def ranges(self) -> Ranges:
+        """Return what is allowed for numbers of detection."""
+        return super().ranges() | {"threshold": FRACTION}
+
+    @property
+    def training(self) -> Detection:
+        """The options of a training alone, which its run keeps."""
+        return Detection(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Detection)})
 
 
 @dataclass(frozen=True)

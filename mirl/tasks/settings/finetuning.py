@@ -113,6 +113,11 @@ class ResolvedFinetuning(ResolvedRun, Finetuning):
     warmup_epochs: float = 0
     min_crop: float = 0.08
 
+    @property
+    def peak_rate(self) -> float:
+        """The head's learning rate after warm-up: `base_lr` for 256 images, in proportion to the batch."""
+        return self.base_lr * self.batch_size / 256
+
 
 def resolve_finetuning(
     given: Finetuning, *, images: int, depth: int, image_size: tuple[int, int], patch_size: tuple[int, int], gpu: bool,

@@ -167,6 +167,11 @@ class Resolved(ResolvedRun, Pretraining):
     base_lr: float = PAPER_LR
     warmup_epochs: float = 0
 
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate after warm-up: `base_lr` for 256 images, in proportion to the batch."""
+        return self.base_lr * self.batch_size / 256
+
 
 def resolve(
     given: Pretraining, *, images: int, shorter_side: float, gpu: bool, devices: int, precision: Precision

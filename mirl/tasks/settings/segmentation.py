@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mirl.errors import UserError
 from mirl.tasks.options import (
     COUNT,
     NOT_NEGATIVE,
@@ -15,6 +16,7 @@ from mirl.tasks.options import (
     ResolvedRun,
     RunOptions,
     built_in,
+    check_only,
     default_batch,
     default_folder,
     resolve_run,
@@ -30,6 +32,7 @@ LOWEST_SCALE, LEAST_LAYER_DECAY = 0.003, 0.65
 DEEP, DROP_PATH, DROP_PATH_OF_DEEP = 12, 0.1, 0.2
 SMALL_WIDTH, SMALL_EPOCHS = 64, 12  # for the built-in images
 SMALLEST = 16  # pixels of an image's side
+WITH_A_RUN = ("run", "predict", "workers", "out", "multi_scale")  # options that mean something where nothing is trained
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class _Segmentation:
 
 @dataclass(frozen=True)
 class Segmentation(RunOptions, _Segmentation):
-    """Options of `mirl segment`. What is None is chosen from the data and the machine, and printed."""
+    """Options of a segmenter's training. What is None is chosen from the data and the machine, and printed."""
 
     def ranges(self) -> Ranges:
         """Return what is allowed for numbers of segmentation."""
@@ -104,6 +107,34 @@ class Segmentation(RunOptions, _Segmentation):
     def run_folder(self) -> Path:
         """Where the run goes: --out, or runs/ and the name of the data."""
         return Path(self.out) if self.out else default_folder(self.data, "images", "_segmenter")
+
+
+@dataclass(frozen=True)
+class _UseOfASegmenter:
+    run: str | None = None
+    """run folder of mirl segment, for --predict, e.g. `mirl segment runs/a --predict photos/`"""
+    predict: str | None = None
+    """images of any size to segment: a folder, a glob or a list; writes labels/ (palette PNGs), overlays/ and
+    classes.json to --out, by default predictions/ in the run folder"""
+
+
+@dataclass(frozen=True)
+class SegmentOptions(Segmentation, _UseOfASegmenter):
+    """Options of `mirl segment`: those of a training, or a trained run and what to do with it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.run is None and self.predict:
+            raise UserError("--predict needs a trained run; give it first, as in mirl segment RUN --predict DIR")
+        if self.run is not None:
+            if not self.predict:
+                raise UserError(f"give --predict with the run {self.run}, or --weights in its place to train")
+            check_only(self, WITH_A_RUN)
+
+    @property
+    def training(self) -> Segmentation:
+        """The options of a training alone, which its run keeps."""
+        return Segmentation(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Segmentation)})
 
 
 @dataclass(frozen=True)
