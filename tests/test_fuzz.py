@@ -221,7 +221,7 @@ class Malicious:
 
 def checkpoint():
     file = io.BytesIO()
-    torch.save({"step": 3, "model": {"w": torch.arange(600.0)}, "version": 1, "bad": {}}, file)
+    torch.save({"step": 3, "model": {"w": torch.arange(600.0)}, "version": checkpoints.VERSION, "bad": {}}, file)
     return file.getvalue()
 
 
@@ -243,7 +243,7 @@ def test_checkpoints_of_several_files(name, tmp_path):
     """A file that is not the manifest's is noticed, and so is a manifest that is not the files'."""
     folder = tmp_path / "step_00000003"
     folder.mkdir()
-    torch.save({"step": 3, "version": 1}, folder / "rest.pt")
+    torch.save({"step": 3, "version": checkpoints.VERSION}, folder / "rest.pt")
     torch.save({("model", "w"): torch.arange(600.0)}, folder / part_name(0, 1))
     files = {path.name: digest(path) for path in folder.iterdir()}
     (folder / "manifest.json").write_text(json.dumps({"version": 1, "step": 3, "files": files}))

@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
+from torch.nn import functional as F
 
 from mirl.training.drawing import save_figure
 from mirl.training.reconstructions import Panel, to_rgb
@@ -23,15 +24,16 @@ def draw(columns: Sequence[Panel], path: Path, title: str) -> None:
     """Draw one row per image and one column per panel to a PNG at `path`."""
     rows = len(columns[0].images)
     _, _, height, width = columns[0].images.shape
-    cell = 1.3
-    figure = Figure(figsize=(cell * len(columns), cell * rows * height / width + 0.55), dpi=110, layout="constrained")
+    cell, gap = 1.3, max(1, height // 16)
+    tall = rows * (height + gap) / width
+    figure = Figure(figsize=(cell * len(columns), cell * tall + 0.55), dpi=110, layout="constrained")
     figure.suptitle(title, fontsize=8)
-    axes = figure.subplots(rows, len(columns), squeeze=False)
-    for j, panel in enumerate(columns):
-        axes[0, j].set_title(panel.title, fontsize=7)
-        for i, pixels in enumerate(to_rgb(panel.images)):
-            axes[i, j].imshow(pixels.numpy(), interpolation="nearest")
-            axes[i, j].axis("off")
+    for axes, panel in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
+        axes.set_title(panel.title, fontsize=7)
+        # One picture for each column: axes for each image would take matplotlib several times as long.
+        column = F.pad(to_rgb(panel.images), (0, 0, 0, 0, 0, gap), value=255).flatten(0, 1)[:-gap]
+        axes.imshow(column.numpy(), interpolation="nearest")
+        axes.axis("off")
     save_figure(figure, path)
 
 

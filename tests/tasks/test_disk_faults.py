@@ -3,7 +3,6 @@
 import errno
 import os
 import subprocess
-import threading
 import time
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_runs import assert_one_line, assert_same_run, flags, interrupted, rows, wait_for_rows, without_pictures
+from tiny_runs import assert_one_line, assert_same_run, flags, interrupted, rows, without_pictures
 
 import mirl
 from mirl.cli import main
@@ -94,22 +93,25 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save_keeps_the_earlier_checkpoin
     assert_same_run(options["out"], uninterrupted)
 
 
-def test_a_disk_that_is_full_where_a_run_is_recorded_stops_it_with_one_line(disk, options, uninterrupted, quick, capfd):
+def test_a_disk_that_is_full_where_a_run_is_recorded_stops_it_with_one_line(
+    disk, options, uninterrupted, quick, capfd, monkeypatch
+):
     interrupted(options, after=1)
     (kept,) = saved_steps(Path(options["out"]) / "checkpoints")
     capfd.readouterr()
+    record = RunFolder.record
 
-    def fill():
-        wait_for_rows(options["out"], kept + 1)
-        metrics = Path(options["out"]) / "metrics.jsonl"
-        with open(metrics, "ab") as file:  # to the end of its last page; such a line is none of a run's
-            file.write(b"x" * (4095 - metrics.stat().st_size % 4096) + b"\n")
-        disk.fill()
+    def recorded(run, row):
+        record(run, row)
+        if (row["kind"], row["step"]) == ("train", kept + 1):
+            metrics = Path(options["out"]) / "metrics.jsonl"
+            with open(metrics, "ab") as file:  # to the end of its last page; such a line is none of a run's
+                file.write(b"x" * (4095 - metrics.stat().st_size % 4096) + b"\n")
+            disk.fill()
 
-    thread = threading.Thread(target=fill)
-    thread.start()
-    code = main(["pretrain", *flags(options), "--resume"])
-    thread.join()
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "record", recorded)
+        code = main(["pretrain", *flags(options), "--resume"])
     assert_one_line(
         code, capfd.readouterr().err,
         f"error: cannot write to {options['out']}: No space left on device; the last good checkpoint is step {kept}; "
